@@ -75,15 +75,19 @@ def weights_placement(
     return WeightsPlacement("disk", num_bytes, None if folder is None else str(folder))
 
 
-def parse_af(text: str | None) -> tuple[int, int] | None:
-    """The numbers of attention and FFN workers in a text such as "2:1". SageError for any other text."""
+def parse_af(text: str | None) -> tuple[int, int, int] | None:
+    """The numbers of attention workers, of groups of FFN workers, and of workers in each, in "2:1" or "2:1x2".
+
+    SageError for any other text.
+    """
     if text is None:
         return None
-    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text) if isinstance(text, str) else None
-    if match is None or max(counts := (int(match[1]), int(match[2]))) > MAX_AF_WORKERS:
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text) if isinstance(text, str) else None
+    counts = (int(match[1]), int(match[2]), int(match[3] or 1)) if match else (0, 0, 0)
+    if not 0 < max(counts[0], counts[1] * counts[2]) <= MAX_AF_WORKERS:
         raise SageError(
             f"af must be the numbers of attention and FFN workers, such as '2:1', each at most {MAX_AF_WORKERS}, "
-            f"got {shown(text)}"
+            f"or '2:1x2' for feed-forwards that 2 workers divide, got {shown(text)}"
         )
     return counts
 

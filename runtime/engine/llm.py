@@ -53,7 +53,6 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
 from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, place_weights
-from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.ffn_workers import FfnWorkers
 from sageLLM.runtime.worker.io_report import IoReport
@@ -111,7 +110,8 @@ class LLM:
 
     `af` "A:F" runs attention on A worker processes, among which the requests are divided and each of which has a KV
     cache, and the feed-forwards on F others, which keep no state (attention-FFN disaggregation). The micro-batches
-    alternate between the two roles.
+    alternate between the two roles. "A:FxN" runs F groups of N workers that divide the weights of a feed-forward, or
+    with `enable_expert_parallel` its experts.
 
     `prefill_workers` and `decode_workers`, in mode "strict", run so many workers of each role in processes of their
     own, each at its own pace; the KV of a prompt is copied from one to the other by `kv_transport`, "shared_memory" or
@@ -314,12 +314,12 @@ class LLM:
     def io_stats(self, hardware: Hardware | None = None) -> list[IoReport]:
         """For each graph with transfers between tiers: the part of their time in which kernels ran as well.
 
-        The planned part is estimated with the rates of `hardware`, by default the generated "cpu". Empty without
-        `kv_tier` and `weights_tier`, without a C++ compiler, and with worker processes.
+        The planned part is estimated with the rates of `hardware`, by default the generated "cpu". Worker processes
+        report each rank. Empty without `kv_tier` and `weights_tier`, and without a C++ compiler.
         """
-        if self._engine is None or not isinstance(executor := self._engine.executor, InProcessExecutor):
+        if self._engine is None:
             return []
-        return executor.io_reports(hardware or HARDWARE["cpu"])
+        return self._engine.executor.io_reports(hardware or HARDWARE["cpu"])
 
     def embed(
         self,

@@ -18,10 +18,11 @@ from sageLLM.runtime.worker.node import Node
 
 
 class AfCounts(NamedTuple):
-    """Numbers of attention and of FFN workers."""
+    """Numbers of attention workers, and of groups of FFN workers; `width` workers of a group divide a feed-forward."""
 
     attention: int
     ffn: int
+    width: int = 1
 
 
 class PdWorkers(NamedTuple):
@@ -148,7 +149,7 @@ def choose_parallelism(
         decode_block_size,
     )
     num_ranks = tensor_parallel_size * pipeline_parallel_size
-    num_processes = sum(counts) if counts else num_ranks
+    num_processes = counts[0] + counts[1] * counts[2] if counts else num_ranks
     if pd is not None:
         num_processes = pd.prefill * pd.prefill_tp + pd.decode * pd.decode_tp
     node = choose_node(nnodes, node_rank, master_addr, master_port, num_ranks)

@@ -11,7 +11,7 @@ from sageLLM.generated.passes.place import NanoBatching
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.passes.base import PassReport
-from sageLLM.runtime.execution_graph.attention_ffn import Side, disaggregate, side_graph
+from sageLLM.runtime.execution_graph.attention_ffn import Side, disaggregate, drop_reductions, side_graph
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
@@ -52,6 +52,8 @@ class ModelGraphs(Rewriting):
         graph = build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
         graph = stage_graph(graph, self.pipeline_stage)
         if self.side is not None:
+            if self.side.role == "ffn" and self.side.width > 1:
+                drop_reductions(graph)
             disaggregate(graph, num_ubatches)
         elif num_ubatches > 1:
             split = NanoBatching(num_ubatches)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.kernels import Kernel
-from sageLLM.runtime.execution_graph.attention_ffn import Side, receive_buffers
+from sageLLM.runtime.execution_graph.attention_ffn import ReceiveBuffer, Side, receive_buffers
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.compiler import Compiler
@@ -63,7 +62,7 @@ class AttentionLinks(Links):
     def begin_step(self, rows: list[int]) -> None:
         """Announces the rows of the micro-batches to the FFN workers that get some."""
         for peer in range(self.side.num_peers):
-            own = [count for part, count in enumerate(rows) if self.side.peer(part, len(rows)) == peer]
+            own = [count for part, count in enumerate(rows) if peer in self.side.peers(part, len(rows))]
             if own:
                 self._links[peer].send_header(own)
 
@@ -99,24 +98,25 @@ class AttentionLinks(Links):
 
 
 class ReceivedRows:
-    """Memory for the rows that a graph receives. The layers of a micro-batch share it, as they run in order."""
+    """Memory for the rows that a graph receives from each peer. The layers share it, as they run in order."""
 
     def __init__(self, graph: ExecutionGraph, device: torch.device) -> None:
         self._refs = receive_buffers(graph)
         self._device = device
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[tuple[int, int], Tensor] = {}
         self._views: tuple[list[int], dict[str, Tensor]] = ([], {})
 
     def inputs(self, rows: list[int]) -> dict[str, Tensor]:
         """The buffers by the names of the graph's inputs, for micro-batches of these numbers of rows."""
         if rows != self._views[0]:
-            self._views = list(rows), {ref.name: self._buffer(ref, part, rows[part]) for ref, part in self._refs}
+            self._views = list(rows), {one.ref.name: self._buffer(one, rows[one.part]) for one in self._refs}
         return self._views[1]
 
-    def _buffer(self, ref: TensorRef, part: int, num_rows: int) -> Tensor:
-        buffer = self._buffers.get(part)
+    def _buffer(self, one: ReceiveBuffer, num_rows: int) -> Tensor:
+        ref, key = one.ref, (one.part, one.peer)
+        buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < num_rows:
             size = num_rows if buffer is None else max(num_rows, 2 * len(buffer))
             width = number_of(ref.shape[1], {})
-            buffer = self._buffers[part] = torch.empty(size, width, dtype=TORCH_DTYPES[ref.dtype], device=self._device)
+            buffer = self._buffers[key] = torch.empty(size, width, dtype=TORCH_DTYPES[ref.dtype], device=self._device)
         return buffer[:num_rows]

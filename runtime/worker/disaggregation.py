@@ -19,15 +19,15 @@ from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 
 def start_disaggregated(
-    spec: WorkerSpec, num_attention: int, num_ffn: int, model: Model, config: PDSchedulerConfig
+    spec: WorkerSpec, num_attention: int, num_ffn: int, width: int, model: Model, config: PDSchedulerConfig
 ) -> tuple[FfnWorkers, list[Executor]]:
     """The FFN workers, and an executor for each attention worker. Raises what `ProcessExecutor` raises.
 
-    There are at least so many micro-batches that every FFN worker gets some.
+    There are `num_ffn` groups of `width` FFN workers, and at least so many micro-batches that every group gets some.
     """
     spec = msgspec.structs.replace(
         spec,
-        num_workers=num_attention + num_ffn,
+        num_workers=num_attention + num_ffn * width,
         num_ffn=num_ffn,
         num_ubatches=max(spec.num_ubatches, -(-num_ffn // num_attention)),
     )
@@ -35,9 +35,11 @@ def start_disaggregated(
         raise SageError(
             f"num_ubatches must be at most {MAX_PARTS * num_ffn} with {num_ffn} FFN workers, got {spec.num_ubatches}"
         )
-    ffn_workers = FfnWorkers(spec, num_ffn, num_attention, _ring_bytes(model, config))
+    num_peers = num_ffn * width
+    ffn_sides = [Side("ffn", rank, num_attention, width) for rank in range(num_peers)]
+    ffn_workers = FfnWorkers(spec, ffn_sides, _ring_bytes(model, config))
     with ThreadPoolExecutor(num_attention) as starters:  # they load at the same time
-        sides = [Side("attention", rank, num_ffn) for rank in range(num_attention)]
+        sides = [Side("attention", rank, num_peers, width) for rank in range(num_attention)]
         starting = [starters.submit(_start_attention, spec, side, ffn_workers) for side in sides]
     try:
         return ffn_workers, [one.result() for one in starting]

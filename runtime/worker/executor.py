@@ -51,6 +51,9 @@ class Executor(Protocol):
     def restart(self) -> None:
         """Starts new workers, with empty KV pools, in place of lost ones. Raises EngineError if they do not start."""
 
+    def io_reports(self, hardware: Hardware) -> list[IoReport]:
+        """The transfers between tiers of each graph that has run, planned with the rates of the hardware."""
+
     def close(self) -> None:
         """Ends the workers."""
 

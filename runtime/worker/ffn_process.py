@@ -58,6 +58,7 @@ class FfnServer:
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Loads the weights of the feed-forwards. Raises what `load_model` raises."""
+        assert spec.side is not None, "an FFN worker has a side"
         registry = load_registry(spec.plugins)
         self._links = Links({})
         device = torch.device(spec.device)
@@ -67,7 +68,10 @@ class FfnServer:
             dtype=spec.dtype,
             device=device,
             max_model_len=spec.max_model_len,
+            rank=spec.side.share,
+            tp=spec.side.width,
             role="ffn",
+            expert_parallel=spec.enable_expert_parallel and spec.side.width > 1,
         )
         self._compiler: ModelCompiler = make_compiler(
             self._model,

@@ -37,9 +37,9 @@ class FfnWorkers:
     attention workers that need it fail.
     """
 
-    def __init__(self, spec: WorkerSpec, num_workers: int, num_attention: int, ring_bytes: int) -> None:
-        """Starts the workers; `ring_bytes` must hold the rows of a step. Raises what `load_model` raises."""
-        self._state = _State(spec, num_workers, num_attention, ring_bytes if can_share_memory(spec) else 0)
+    def __init__(self, spec: WorkerSpec, sides: Sequence[Side], ring_bytes: int) -> None:
+        """Starts a worker for each side; `ring_bytes` must hold the rows of a step. Raises what `load_model` raises."""
+        self._state = _State(spec, sides, ring_bytes if can_share_memory(spec) else 0)
         try:
             self._state.start_all()
         except BaseException:
@@ -82,12 +82,10 @@ def has_ended(worker: Rank) -> bool:
 class _State:
     """Everything that the thread uses, which must not keep the `FfnWorkers` alive."""
 
-    def __init__(self, spec: WorkerSpec, num_workers: int, num_attention: int, ring_bytes: int) -> None:
+    def __init__(self, spec: WorkerSpec, sides: Sequence[Side], ring_bytes: int) -> None:
         self.workers: list[Rank] = []
         self.num_restarts = 0
-        self._specs = [
-            msgspec.structs.replace(spec, side=Side("ffn", rank, num_attention)) for rank in range(num_workers)
-        ]
+        self._specs = [msgspec.structs.replace(spec, side=side) for side in sides]
         self._ring_bytes = ring_bytes
         self._channels: dict[int, socket.socket] = {}
         self._lock = threading.Lock()

@@ -1,5 +1,7 @@
 """Report of a plan's transfers between tiers: the part that computation hides, measured and planned."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,10 @@ class IoReport(NamedTuple):
     total: IoOverlap
     last: IoOverlap
     planned: IoOverlap | None
+
+    def of_rank(self, rank: int) -> IoReport:
+        """The report, named as that of a rank of several worker processes."""
+        return self._replace(graph=f"{self.graph} on rank {rank}")
 
     def __str__(self) -> str:
         per_step = 1e3 * self.total.io_s / max(self.num_steps, 1)

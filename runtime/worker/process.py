@@ -15,11 +15,13 @@ from pathlib import Path
 
 import msgspec
 
+from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.worker.build import WorkerSpec, build_executor
 from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.fingerprint import fingerprint
+from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_group import CancelKV, CheckKV, KVPort, PushKV
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.ranks import join_ranks
@@ -62,8 +64,20 @@ class Run(msgspec.Struct, tag="run", frozen=True):
     order: GroupOrder
 
 
-Reply = Ready | Refused | Done | Failed | Report
-Command = Reset | Run | PushKV | CheckKV | CancelKV
+class ReportIo(msgspec.Struct, tag="report_io", frozen=True):
+    """Report the transfers between tiers, planned with the rates of this hardware."""
+
+    hardware: Hardware
+
+
+class IoReported(msgspec.Struct, tag="io_reported", frozen=True):
+    """The transfers between tiers of each graph of the rank."""
+
+    reports: list[IoReport]
+
+
+Reply = Ready | Refused | Done | Failed | Report | IoReported
+Command = Reset | Run | ReportIo | PushKV | CheckKV | CancelKV
 
 
 def run(spec: WorkerSpec, descriptor: int) -> None:
@@ -122,6 +136,8 @@ def serve(
         command = decoder.decode(connection.recv_bytes())
         if isinstance(command, Reset):
             executor.reset()
+        elif isinstance(command, ReportIo):
+            replies.send(IoReported(executor.io_reports(command.hardware)))
         elif isinstance(command, Run):
             try:
                 results = executor.execute(command.order)

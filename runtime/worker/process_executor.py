@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import tempfile
 import threading
@@ -11,12 +12,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import msgspec
 from torch._C._distributed_c10d import TCPStore
 
+from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.worker.build import WorkerSpec
@@ -24,9 +27,10 @@ from sageLLM.runtime.worker.cluster import Cluster
 from sageLLM.runtime.worker.executor import WorkersLostError
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.fingerprint import difference
+from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_group import KVCommand
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
-from sageLLM.runtime.worker.process import Done, Failed, Ready, Refused, Reply, Reset, Run
+from sageLLM.runtime.worker.process import Done, Failed, IoReported, Ready, Refused, Reply, ReportIo, Reset, Run
 from sageLLM.runtime.worker.rank import Rank, RemoteRank
 from sageLLM.runtime.worker.rank_processes import start_ranks
 
@@ -106,6 +110,17 @@ class ProcessExecutor:
         self._send(data)
         return future
 
+    def io_reports(self, hardware: Hardware) -> list[IoReport]:
+        """The transfers between tiers of each graph that has run, of all ranks; empty if workers are lost meanwhile."""
+        self.wait()
+        group, found = self._group, dict[int, list[IoReport]]()
+        self._send(self._encoder.encode(ReportIo(hardware)))
+        while len(found) < len(group.ranks) and group.lost is None:
+            with suppress(queue.Empty):
+                rank, reports = group.io_reports.get(timeout=1.0)
+                found[rank] = reports
+        return [one.of_rank(rank) for rank in sorted(found) for one in found[rank]]
+
     def wait(self) -> None:
         wait([future for _, future in list(self._pending)])
 
@@ -173,6 +188,7 @@ class _Group:
         self.ranks: list[Rank | RemoteRank] = []
         self.lost: str | None = None
         self.addresses: list[str] = []
+        self.io_reports: queue.SimpleQueue[tuple[int, list[IoReport]]] = queue.SimpleQueue()
         self._folder, self._cluster = folder, cluster
         self._store: TCPStore | None = None
 
@@ -305,6 +321,8 @@ def _read_reply(
         with lock:
             _, future = pending.popleft()
         future.set_result(reply.results)
+    elif isinstance(reply, IoReported):
+        group.io_reports.put((rank.rank, reply.reports))
     else:
         message = reply.message if isinstance(reply, Failed) else "sent an unexpected reply"
         LOG.error("worker rank %d: %s", rank.rank, message)

@@ -137,6 +137,9 @@ def test_pipeline_stages_have_tiers(plain: list[tuple[int, ...]], tmp_path: Path
     llm = load(num_kv_blocks=NUM_BLOCKS, kv_tier="host", pipeline_parallel_size=2, **options)
     try:
         assert answers(llm) == plain
+        reports = llm.io_stats()
+        assert {report.graph.rpartition(" ")[2] for report in reports} == {"0", "1"}, "both ranks report"
+        assert all(0 < report.total.io_s >= report.total.hidden_s for report in reports)
     finally:
         llm.close()
 

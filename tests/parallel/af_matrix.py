@@ -37,6 +37,7 @@ class Row(NamedTuple):
     num_ubatches: int
     mode: str
     kernels: str = "auto"
+    enable_expert_parallel: bool = False
 
 
 ROWS = [
@@ -47,6 +48,11 @@ ROWS = [
     *(Row("llama", af, 2, "hybrid") for af in ("2:1", "3:2", "1:2", "2:3")),
     *(Row("mixtral", af, 2, "strict") for af in ("2:1", "3:2")),
     Row("deepseek_v2", "2:1", 3, "hybrid"),
+    *(Row("llama", af, 2, "hybrid") for af in ("1:1x2", "2:1x2", "1:2x2")),
+    Row("gpt2", "1:1x2", 1, "time_share"),
+    Row("mixtral", "2:1x2", 2, "strict"),
+    Row("mixtral", "2:1x2", 2, "hybrid", "auto", True),
+    Row("deepseek_v2", "1:1x2", 2, "hybrid", "auto", True),
     Row("bloom", "1:1", 2, "time_share", "reference"),
     Row("mixtral", "2:1", 1, "hybrid", "reference"),
 ]
@@ -73,7 +79,8 @@ def compare(row: Row, kills: int) -> str:
         save_random_model(Path(folder), family, 0, "5GB", small_config(config))
         expected = answers(llm := load(folder, row))
         llm.close()
-        llm = load(folder, row, af=row.af, num_ubatches=row.num_ubatches)
+        experts = {"enable_expert_parallel": row.enable_expert_parallel}
+        llm = load(folder, row, af=row.af, num_ubatches=row.num_ubatches, **experts)
         workers = llm._ffn_workers
         assert workers is not None
         stop, killed = threading.Event(), [0]

@@ -112,15 +112,15 @@ def test_a_killed_attention_worker_is_replaced(disaggregated: LLM) -> None:
 
 
 def test_experts_over_sockets_with_more_ffn_workers(make_checkpoint: Callable[..., Path]) -> None:
-    """The references have no rings, so rows travel over sockets; two FFN workers require two micro-batches.
+    """The references have no rings, so rows travel over sockets; two groups of FFN workers require two micro-batches.
 
-    The workers end when the `LLM` is garbage.
+    The workers of a group have half of the experts each. All end when the `LLM` is garbage.
     """
     folder = make_checkpoint("Mixtral", vocab_size=200)
     options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer": True, "kernels": "reference"}
     config = PDSchedulerConfig(mode="strict")
     alone = LLM(folder, scheduler=config, **options).generate(PROMPTS, SHORT)
-    llm = LLM(folder, scheduler=config, af="1:2", **options)
+    llm = LLM(folder, scheduler=config, af="1:2x2", enable_expert_parallel=True, **options)
     ids = [*ffn_ids(llm), *process_ids(llm)]
     assert tokens(llm.generate(PROMPTS, SHORT)) == tokens(alone)
     del llm
@@ -144,7 +144,7 @@ def _cpu() -> Any:
     return torch.device("cpu")
 
 
-@pytest.mark.parametrize("af", ["", "2", "0:1", "1:0", "2:1:1", "a:b", "65:1", 2, "-1:1"])
+@pytest.mark.parametrize("af", ["", "2", "0:1", "1:0", "2:1:1", "a:b", "65:1", 2, "-1:1", "1:1x0", "1:33x2"])
 def test_the_numbers_of_workers_are_checked(af: Any) -> None:
     with pytest.raises(SageError, match="af must be the numbers of attention and FFN workers, such as '2:1'"):
         LLM(MODEL, af=af)
