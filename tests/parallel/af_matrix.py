@@ -52,7 +52,7 @@ ROWS = [
     Row("gpt2", "1:1x2", 1, "time_share"),
     Row("mixtral", "2:1x2", 2, "strict"),
     Row("mixtral", "2:1x2", 2, "hybrid", "auto", True),
-    Row("deepseek_v2", "1:1x2", 2, "hybrid", "auto", True),
+    Row("deepseek_v2", "1:1x2", 2, "hybrid"),
     Row("bloom", "1:1", 2, "time_share", "reference"),
     Row("mixtral", "2:1", 1, "hybrid", "reference"),
 ]
