@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 
+from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.pipeline import StepPipeline
 from sageLLM.runtime.engine.sequences import Sequence as Answer
@@ -28,6 +29,7 @@ from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.worker.executor import StepResults
 from sageLLM.runtime.worker.faults import LOG
+from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_group import KVGroup
 from sageLLM.runtime.worker.orders import GroupOrder
 from sageLLM.runtime.worker.prefill_decode import close_memory
@@ -271,6 +273,9 @@ class ExecutorGroup:
 
     def submit(self, order: GroupOrder) -> StepResults:
         raise AssertionError("each worker of the group has its own orders")
+
+    def io_reports(self, hardware: Hardware) -> list[IoReport]:
+        return [report for executor in self.executors for report in executor.io_reports(hardware)]
 
     def reset(self) -> None:
         self.wait()
