@@ -1,7 +1,7 @@
 """Loads a checkpoint's tensors into the layout's weights: fused, stacked, split or tied as the layout declares.
 
-Each element is copied once, from the mapped file straight to its final position, so the peak memory is one copy of the
-weights.
+Each element is copied once, from the mapped file straight to its final position. What was read of a file stays in
+memory while the file is mapped, so it is mapped again after MAPPED_BYTES: the peak memory is one copy of the weights.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sageLLM.runtime.core.model.weights import View, WeightSpec, share_runs, share_shape
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
+
+MAPPED_BYTES = 32 << 20
 
 
 def load_weights(
@@ -28,11 +30,16 @@ def load_weights(
     """
     weights: dict[str, Tensor] = {}
     ties: list[WeightSpec] = []
+    num_mapped = 0
     for spec in specs:
         if spec.tied_to is not None:
             ties.append(spec)
-        else:
-            weights[spec.name] = _load(spec, checkpoint, dtype, device, rank, tp)
+            continue
+        weights[spec.name] = _load(spec, checkpoint, dtype, device, rank, tp)
+        num_mapped += weights[spec.name].nbytes
+        if num_mapped >= MAPPED_BYTES:
+            checkpoint.close()
+            num_mapped = 0
     return weights | {spec.name: weights[str(spec.tied_to)] for spec in ties}
 
 
