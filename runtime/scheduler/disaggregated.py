@@ -174,8 +174,8 @@ class DisaggregatedScheduler:
 
     def dispatch(self) -> list[Command]:
         """Move requests to where they are computed next; returns the copies to begin and to stop."""
+        self._forget_ended()
         for member in self.members:
-            self._forget_ended(member)
             if member.role == "decode" or not member.accepts:
                 self._withdraw(member)
             self._switch_role(member)
@@ -192,11 +192,11 @@ class DisaggregatedScheduler:
         commands += [self._push(piece) for piece in step.migrations]
         return commands
 
-    def _forget_ended(self, member: Member) -> None:
-        """Requests that ended with a step of their worker."""
-        for transfer in list(self._migration.transfers.values()):
-            request = transfer.request
-            if request.status is RequestStatus.FINISHED and self._ends.by_request[request.request_id][0] is member:
+    def _forget_ended(self) -> None:
+        """End the transfers of requests that ended with a step of their worker."""
+        requests = [transfer.request for transfer in self._migration.transfers.values()]
+        for request in requests:
+            if request.status is RequestStatus.FINISHED:
                 self._abandon(request.request_id, TransferEvent.END)
 
     def ended(self, request_ids: Iterable[str]) -> None:
@@ -221,7 +221,7 @@ class DisaggregatedScheduler:
         workers = [member for member in self.members if member.role == "prefill" and member.accepts]
         if not workers:
             return
-        for request in sorted(self._unplaced.values(), key=lambda request: request.sequence_number):
+        for request in sorted(self._unplaced.values(), key=lambda one: one.sequence_number) if self._unplaced else ():
             if self._loans.is_waiting(request.request_id):
                 continue
             best = min(workers, key=lambda member: member.prefill_cost(request))
@@ -456,6 +456,7 @@ class DisaggregatedScheduler:
                 stats[name] = stats.get(name, 0) + value
         stats["num_waiting"] += len(self._unplaced)
         stats["migrating_size"] = self._migration.num_sending
+        stats["total_migrations"] = self._counters["total_pieces"]
         return stats | self._counters
 
     @property

@@ -11,10 +11,10 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
+from sageLLM.runtime.transport.jobs import BACKGROUND, JobThread
 from sageLLM.runtime.transport.shards import Part, PoolShard, Route, Span, routes_between
 
 ALIVE_SECONDS = 0.5
@@ -97,18 +98,20 @@ class Stopped(Exception):
 
 
 class QueuedTransport(ABC):
-    """A transport with a thread, which pushes and checks pieces one after another."""
+    """A transport that pushes pieces one after another, and checks them one after another.
+
+    The thread of the checks has a low priority, as the worker decodes meanwhile.
+    """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._reports: SimpleQueue[Report | None] = SimpleQueue()
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._cancelled: OrderedDict[PieceKey, None] = OrderedDict()
         self._lock = Lock()
         self._pool: PoolShard | None = None
         self._is_closed = False
-        self._thread = Thread(target=self._run, name="sagellm-kv-transport", daemon=True)
-        self._thread.start()
+        self._pushes = JobThread("sagellm-kv-push")
+        self._checks = JobThread("sagellm-kv-check", BACKGROUND)
 
     @property
     def pool(self) -> PoolShard:
@@ -120,11 +123,11 @@ class QueuedTransport(ABC):
 
     def push(self, signed: SignedHandle, address: Sequence[str] = (), gate: LayerGate | None = None) -> None:
         if (handle := self._accept(signed, is_source=True)) is not None:
-            self._jobs.put(lambda: self._push(handle, signed, address, gate))
+            self._pushes.submit(lambda: self._push(handle, signed, address, gate))
 
     def check(self, signed: SignedHandle, digests: Sequence[int]) -> None:
         if (handle := self._accept(signed, is_source=False)) is not None:
-            self._jobs.put(lambda: self._check(handle, digests))
+            self._checks.submit(lambda: self._check(handle, digests))
 
     def cancel(self, key: PieceKey) -> None:
         with self._lock:
@@ -132,7 +135,8 @@ class QueuedTransport(ABC):
             while len(self._cancelled) > MAX_CANCELLED:
                 self._cancelled.popitem(last=False)
         self._interrupt(key)
-        self._jobs.put(lambda: self._settle(key))  # after the job that may be at work on it
+        # After the jobs that may be at work on it, in both threads.
+        self._pushes.submit(lambda: self._checks.submit(lambda: self._settle(key)))
 
     def poll(self, seconds: float | None = 0.0) -> list[Report]:
         try:
@@ -145,8 +149,8 @@ class QueuedTransport(ABC):
 
     def close(self) -> None:
         self._is_closed = True
-        self._jobs.put(None)
-        self._thread.join()
+        self._pushes.close()
+        self._checks.close()
         self._reports.put(None)
 
     # --- for subclasses ---
@@ -168,11 +172,6 @@ class QueuedTransport(ABC):
             return key in self._cancelled or self._is_closed
 
     # --- jobs ---
-
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
 
     def _accept(self, signed: SignedHandle, *, is_source: bool) -> Handle | None:
         """The handle, if this rank may act on it; otherwise it is reported as failed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,14 +77,18 @@ class PoolShard:
             yield self.values[index]
 
     def read(self, cache: Tensor, span: Span, heads: range) -> Tensor:
-        """A contiguous copy of the tokens of a span, [tokens, heads, width]."""
+        """The tokens of a span, contiguous, [tokens, heads, width]; a view if the blocks follow each other."""
         first = span.start % self.block_size
-        rows = cache.index_select(0, span.index).flatten(0, 1)[first : first + span.num_tokens]
+        blocks = cache.index_select(0, span.index) if span.run is None else cache[span.run]
+        rows = blocks.flatten(0, 1)[first : first + span.num_tokens]
         return rows if heads == self.part.heads else rows[:, self._columns(heads)].contiguous()
 
     def write(self, cache: Tensor, span: Span, heads: range, rows: Tensor) -> None:
         """Writes rows [tokens, heads, width] to the tokens of a span."""
         first, size = span.start % self.block_size, self.block_size
+        if span.run is not None:
+            cache[span.run].flatten(0, 1)[first : first + span.num_tokens, self._columns(heads)] = rows
+            return
         if heads == self.part.heads and first == 0 and span.num_tokens % size == 0:
             cache.index_copy_(0, span.index, rows.view(len(span.index), size, *rows.shape[1:]))
             return
@@ -96,13 +101,18 @@ class PoolShard:
 
 
 class Span:
-    """Tokens `start .. start + num_tokens - 1` of a sequence, in `blocks`; the first block holds token `start`."""
+    """Tokens `start .. start + num_tokens - 1` of a sequence, in `blocks`; the first block holds token `start`.
 
-    __slots__ = ("index", "num_tokens", "start")
+    `run` are the blocks if their numbers follow each other, as they mostly do in a pool that is not full.
+    """
+
+    __slots__ = ("index", "num_tokens", "run", "start")
 
     def __init__(self, start: int, num_tokens: int, blocks: Sequence[int]) -> None:
         self.start, self.num_tokens = start, num_tokens
         self.index = torch.tensor(blocks, dtype=torch.int64)
+        is_run = all(b == a + 1 for a, b in pairwise(blocks))
+        self.run = slice(blocks[0], blocks[-1] + 1) if blocks and is_run else None
 
 
 class PoolShape(NamedTuple):

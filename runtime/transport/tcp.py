@@ -28,6 +28,7 @@ from sageLLM.runtime.transport.frames import (
     send_frame,
 )
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
+from sageLLM.runtime.transport.jobs import BACKGROUND, yield_to_others
 from sageLLM.runtime.transport.shards import Route, Span
 
 SECONDS = 60.0
@@ -129,6 +130,7 @@ class Receiver:
     @torch.inference_mode()
     def _serve(self, stream: socket.socket) -> None:
         self._open.add(stream)
+        yield_to_others(BACKGROUND)
         try:
             _tune(stream)
             with Connection(os.dup(stream.fileno())) as connection:

@@ -61,7 +61,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     `num_ffn` are FFN workers, and `af_channel` the descriptor of a Unix socket over which the engine's process sends
     links to the workers of the other role.
 
-    `group` is set for a prefill or decode worker that copies KV from or to others.
+    `group` is set for a prefill or decode worker that copies KV from or to others. `core_sets` are the cores of
+    each rank; without them the system decides.
     """
 
     model: str
@@ -90,6 +91,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     num_ffn: int = 0
     af_channel: int | None = None
     group: KVGroup | None = None
+    core_sets: list[list[int]] = []
     host_ranks: list[int] = []
 
     @property
@@ -104,6 +106,11 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     def returns_results(self) -> bool:
         """Whether this rank sends the results of steps to the engine: the first one of the last stage."""
         return self.rank == (self.pp - 1) * self.tp
+
+    @property
+    def cores(self) -> list[int]:
+        """The cores of this rank, if it does not share them with other ranks."""
+        return self.core_sets[self.rank] if self.core_sets else []
 
     @property
     def pool_memory(self) -> int | None:

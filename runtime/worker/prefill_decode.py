@@ -61,6 +61,8 @@ def start_group(
 ) -> list[ProcessExecutor]:
     """An executor for each worker. They load at the same time. Raises what `ProcessExecutor` raises."""
     num_workers = sum(worker.tp for worker in workers)
+    cores = divided_cores(num_workers)
+    first_rank = [sum(worker.tp for worker in workers[:number]) for number in range(len(workers))]
 
     def start(number: int) -> ProcessExecutor:
         worker = workers[number]
@@ -70,6 +72,7 @@ def start_group(
             budget=worker.budget,
             is_split=False,
             num_workers=num_workers,
+            core_sets=cores[first_rank[number] : first_rank[number] + worker.tp],
             group=msgspec.structs.replace(group, worker=number),
         )
         return ProcessExecutor(own, listener=make_listener(number))
@@ -90,3 +93,15 @@ def close_memory(group: KVGroup) -> None:
     """Closes the descriptors of the pools in this process; the memory is gone with the last worker."""
     for file in group.files:
         os.close(file)
+
+
+def divided_cores(num_ranks: int) -> list[list[int]]:
+    """As many cores for each rank as it has threads, so that no rank delays another one; none if there are too few.
+
+    With OMP_NUM_THREADS the user has chosen the threads, and the system places them.
+    """
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // num_ranks
+    return [cores[rank * share : (rank + 1) * share] for rank in range(num_ranks)] if share else []

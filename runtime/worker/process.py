@@ -88,6 +88,8 @@ def run(spec: WorkerSpec, descriptor: int) -> None:
     port = None
     exit_code = 1  # unless the engine ends the process
     try:
+        if spec.cores:  # before there are threads, which inherit it
+            os.sched_setaffinity(0, spec.cores)
         reply: Reply
         try:
             executor = build_executor(spec, join_ranks(spec))

@@ -115,7 +115,8 @@ class World:
         self.kv = [self._empty(number) for number in range(len(roles))]
         self.steps: list[list[ScheduleOutput]] = [[] for _ in roles]
         self.tables: dict[int, dict[str, list[int]]] = {}
-        self.copies: dict[tuple[PieceId, int], Copy] = {}
+        self.copies: dict[PieceId, Copy] = {}
+        self._live: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.reasons: dict[str, str] = {}
         self.emitted: dict[str, list[int]] = {}
@@ -132,6 +133,7 @@ class World:
     def add(self, prompt: list[int], num_tokens: int, name: str | None = None) -> Request:
         request = Request(name or f"r{len(self.requests)}", prompt, max_new_tokens=num_tokens, arrival_time=self.now)
         self.requests[request.request_id] = request
+        self._live.append(request)
         self.emitted[request.request_id] = []
         self.group.add_request(request)
         self.pump()
@@ -148,7 +150,9 @@ class World:
             self.step()
 
     def _is_live(self) -> bool:
-        return any(request.status is not RequestStatus.FINISHED for request in self.requests.values())
+        while self._live and self._live[-1].status is RequestStatus.FINISHED:
+            self._live.pop()
+        return bool(self._live)
 
     def _tick(self) -> None:
         """The engine looks at the leases at least this often."""
@@ -250,7 +254,7 @@ class World:
 
     def _push(self, command: PushPiece) -> None:
         copy = Copy(command)
-        self.copies[command.id, command.target] = copy
+        self.copies[command.id] = copy
         for layer in range(NUM_LAYERS):
             self.at(COPY_S * self.faults.slow * (layer + 1), lambda layer=layer: self._copy_layer(copy, layer))
 
@@ -324,8 +328,8 @@ class World:
                 return
             left.discard(number)
             if not left:
-                for (name, _), copy in self.copies.items():
-                    copy.is_stopped |= name == command.id
+                if (copy := self.copies.pop(command.id, None)) is not None:
+                    copy.is_stopped = True
                 self.group.stopped(command.id)
                 self.pump()
 

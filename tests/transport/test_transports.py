@@ -85,11 +85,11 @@ class Group:
         blocks = []
         for size, shift in zip(self.block_sizes, (1, 2), strict=True):
             num = -(-(start + num_tokens) // size) - start // size
-            blocks.append(random.Random(start).sample(range(BLOCKS), num) if shift else [])
+            is_run = start == 4  # blocks that follow each other take another path
+            blocks.append([*range(shift, shift + num)] if is_run else random.Random(start).sample(range(BLOCKS), num))
         epochs = 5 + changes.get("source_epoch", 0), 6 + changes.get("target_epoch", 0)
-        return Handle(
-            "r/0", attempt, start, num_tokens, End(0, epochs[0], blocks[0]), End(1, epochs[1], blocks[1][::-1])
-        )
+        target = blocks[1] if start == 4 else blocks[1][::-1]
+        return Handle("r/0", attempt, start, num_tokens, End(0, epochs[0], blocks[0]), End(1, epochs[1], target))
 
     def addresses(self) -> list[str]:
         return [end.address for end in self.ends[1] if isinstance(end, TcpTransport)]
