@@ -236,6 +236,17 @@ def chat(
 
 
 @app.command()
+def status(
+    url: Annotated[str, typer.Option(help="URL of a running server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="API key of the server.", envvar="SAGELLM_API_KEY")] = None,
+) -> None:
+    """Print the requests of a running server, and role, state and load of its workers."""
+    from sageLLM.runtime.cli.status import print_status
+
+    raise typer.Exit(print_status(url, api_key))
+
+
+@app.command()
 def doctor(
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder to load and try.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server to ask.")] = None,

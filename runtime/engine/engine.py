@@ -21,6 +21,7 @@ from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVBudget, Request
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.limits import SequenceLimits
+from sageLLM.runtime.scheduler.member import WorkerStatus
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.worker.executor import Executor, StepResults
@@ -281,6 +282,10 @@ class Engine:
     def num_sequences(self) -> int:
         """Sequences that have not ended."""
         return len(self._sequences)
+
+    def workers(self) -> list[WorkerStatus]:
+        """Role, state and load of each prefill and decode worker; empty if the engine has none in processes."""
+        return []
 
     def plan_steps(self) -> StepResults | None:
         """Plans as many steps as can be in flight; returns the results of the one that `step` will complete."""

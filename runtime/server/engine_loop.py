@@ -27,6 +27,7 @@ from sageLLM.runtime.server.messages import (
     Step,
     StepFailed,
     Submit,
+    WorkerLoad,
 )
 from sageLLM.runtime.worker.faults import LOG, reason_of
 
@@ -206,6 +207,7 @@ def load_of(llm: LLM) -> Load:
         num_decode_tokens=stats["total_decode_tokens"],
         num_steps=engine.num_steps,
         transfers=stats["total_migrations"],
+        workers=[WorkerLoad(one.number, one.role, one.state, one.epoch, one.num_requests) for one in engine.workers()],
     )
 
 

@@ -104,6 +104,16 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     prompt_logprobs: list[list[ScoredToken]] | None = None
 
 
+class WorkerLoad(msgspec.Struct, array_like=True, frozen=True):
+    """A prefill or decode worker: its state is "running", "restarting" or "draining", and `epoch` counts its starts."""
+
+    number: int
+    role: str
+    state: str
+    epoch: int
+    num_requests: int
+
+
 class Load(msgspec.Struct, array_like=True, frozen=True):
     """Sizes of the queues and of the KV pool now, and counters since the start of the engine."""
 
@@ -120,6 +130,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     num_decode_tokens: int
     num_steps: int
     transfers: int = 0
+    workers: list[WorkerLoad] = []
 
 
 class Step(msgspec.Struct, tag="step", frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -58,6 +59,10 @@ def token_buckets(longest: int) -> list[int]:
         scale *= 10
 
 
+NO_LOAD = msgspec.convert([0] * (len(Load.__struct_fields__) - 1), Load)
+"""The counters of an engine that has just started."""
+
+
 class Metrics:
     """All series of one server, under `namespace:`; labelled with the model's name and the engine."""
 
@@ -108,6 +113,9 @@ class Metrics:
         self.request_generation = self._histogram("request_generation_tokens", "Tokens of an answer.", tokens)
         self.request_max = self._histogram("request_max_num_generation_tokens", "Largest max_tokens asked for.", tokens)
         self.request_params_max = self._histogram("request_params_max_tokens", "max_tokens of a request.", tokens)
+
+        workers = "Requests of each prefill and decode worker; its epoch counts its starts."
+        self._workers = self._gauge("pd_worker_requests", workers, "worker", "role", "state", "epoch")
 
         # The name and the labels are those of prometheus-fastapi-instrumentator, which vLLM's boards read.
         self.http_requests = Counter(
@@ -161,12 +169,16 @@ class Metrics:
         self._blocks["free"].set(total - load.kv_blocks_used - load.kv_blocks_cached)
         before = self._previous
         if before is None or before.num_steps > load.num_steps:
-            before = Load(*[0] * len(Load.__struct_fields__))
+            before = NO_LOAD
         self._previous = load
         self.preemptions.inc(load.num_preemptions - before.num_preemptions)
         self.prefix_queries.inc(load.prefix_cache_queries - before.prefix_cache_queries)
         self.prefix_hits.inc(load.prefix_cache_hits - before.prefix_cache_hits)
         self.transfers.inc(load.transfers - before.transfers)
+        self._workers.clear()
+        for worker in load.workers:
+            labels = {"worker": str(worker.number), "role": worker.role, "state": worker.state}
+            self._workers.labels(**self._values, **labels, epoch=str(worker.epoch)).set(worker.num_requests)
 
     def lose_engine(self) -> None:
         """The engine has ended, and its requests and counters with it."""

@@ -83,3 +83,28 @@ def test_an_invalid_model_ends_with_its_reason(
     settings = ServerSettings(model=str(tmp_path), port=0, in_process=True)
     assert serve.serve_model(settings, EngineOptions()) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_status_lists_the_workers_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sageLLM.runtime.cli import status
+    from sageLLM.runtime.server.messages import Load, WorkerLoad
+    from sageLLM.runtime.server.metrics import Metrics
+
+    metrics = Metrics("sagellm", "tiny")
+    workers = [WorkerLoad(0, "prefill", "running", 0, 2), WorkerLoad(1, "decode", "restarting", 3, 1)]
+    metrics.update_load(Load(*[1] * 13, workers=[WorkerLoad(0, "prefill", "draining", 0, 9)]))
+    metrics.update_load(Load(*[1] * 13, workers=workers))
+    monkeypatch.setattr(status, "read_metrics", lambda url, api_key: metrics.page().decode())
+    done = CliRunner().invoke(app, ["status"])
+    assert done.stdout.splitlines() == [
+        "requests_running: 1",
+        "requests_waiting: 1",
+        "worker 0: prefill  running    2 requests, epoch 0",
+        "worker 1: decode   restarting 1 requests, epoch 3",
+    ]
+
+
+def test_status_without_a_server_is_an_error() -> None:
+    done = CliRunner().invoke(app, ["status", "--url", "http://127.0.0.1:9"])
+    assert done.exit_code == 1
+    assert "error: cannot read the metrics of http://127.0.0.1:9" in done.stderr
