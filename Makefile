@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: cases fuzz-specs launches two-hosts manifests fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+.PHONY: chaos chaos-transfers cases fuzz-specs launches two-hosts manifests fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -126,6 +126,16 @@ manifests: $(TEST_READY) ## Check the Kubernetes manifests of all deployments wi
 
 launches: $(TEST_READY) ## Launch ranks with torchrun, and in two network namespaces, and compare with one process
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/launches.py
+
+KILLS ?= 200
+CHAOS_REQUESTS ?= 800
+chaos: $(TEST_READY) ## Kill prefill and decode workers at KILLS points of CHAOS_REQUESTS requests, and compare every answer
+	PYTHONPATH=_dev $(BIN)/python benchmarks/chaos.py --requests $(CHAOS_REQUESTS) --kills $(KILLS)
+
+TRANSFERS ?= 1000000
+chaos-transfers: $(TEST_READY) ## Simulate TRANSFERS (a million) of KV with loss, duplication, reordering and kills; send 100,000 malformed frames
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --simulated $(TRANSFERS)
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --frames 100000
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py

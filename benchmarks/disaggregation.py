@@ -1,0 +1,213 @@
+"""Measures prefill/decode disaggregation: what running decodes notice of prompts, transfers of KV, and recovery.
+
+    python benchmarks/disaggregation.py tail        # time between tokens while 2k-token prompts arrive, by mode
+    python benchmarks/disaggregation.py bandwidth   # KV from pool to pool, by transport, beside memcpy and a raw socket
+    python benchmarks/disaggregation.py streaming   # time to the first and the second token, with and without pieces
+    python benchmarks/disaggregation.py recovery    # time until requests go on after a kill of a worker
+
+Checkpoints have random weights of --shape and are kept in --cache. Each mode is measured in a separate process, with as
+many threads as cores: two for one process, one each for a prefill and a decode worker on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from disaggregation_transfers import measure_bandwidth
+from peers.shapes import SHAPES, checkpoint
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.scheduler.transfer import TransferConfig
+
+MODES: dict[str, dict[str, Any]] = {
+    "strict, 1+1 workers": {"mode": "strict", "workers": True},
+    "strict, 1+1 workers, tcp": {"mode": "strict", "workers": True, "transport": "tcp"},
+    "hybrid, chunks of 512": {"mode": "hybrid", "chunk": 512},
+    "hybrid, chunks of 128": {"mode": "hybrid", "chunk": 128},
+    "time_share": {"mode": "time_share"},
+    "auto": {"mode": "auto"},
+}
+NUM_DECODES = 4
+PROMPT_LEN = 2000
+PROMPT_LENS = (256, 1024, 2040)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=["tail", "bandwidth", "streaming", "recovery"])
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each phase of `tail`")
+    parser.add_argument("--interval", type=float, default=6.0, help="seconds between two prompts of `tail`")
+    parser.add_argument("--only", default="", help="modes of `tail` with this text in their names")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sagellm-peers")
+    options = parser.parse_args()
+    if options.figure == "bandwidth":
+        print(measure_bandwidth())
+        return
+    model = checkpoint(options.shape, options.cache)
+    if options.one is not None:
+        measure = {"tail": measure_tail, "streaming": measure_streaming, "recovery": measure_recovery}[options.figure]
+        print(json.dumps(measure(model, options.one, options)))
+        return
+    names = {"tail": MODES, "streaming": ("pieces", "whole"), "recovery": ("prefill", "decode")}[options.figure]
+    for name in names:
+        if options.only in name:
+            print(f"{name:<28} {_in_process(name)}", flush=True)
+
+
+def _in_process(name: str) -> str:
+    """The figures of a separate process of this command."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, *sys.argv, "--one", name], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def load(model: Path, mode: str, **options: Any) -> LLM:
+    settings = MODES[mode]
+    chunk = settings.get("chunk", 512)
+    config = PDSchedulerConfig(mode=settings["mode"], prefill_chunk_size=chunk, max_prefill_tokens=2048)
+    if settings.get("workers"):
+        options |= {"prefill_workers": 1, "decode_workers": 1}
+        options["kv_transport"] = settings.get("transport", "shared_memory")
+    return LLM(model, skip_tokenizer=True, max_model_len=2048, scheduler=config, **options)
+
+
+class Clock:
+    """Drives an engine, and keeps the times of the tokens of each request."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.engine = llm.engine
+        self.times: dict[str, list[float]] = {}
+        self.num_tokens: dict[str, int] = {}
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        self.times[name], self.num_tokens[name] = [time.perf_counter()], 0
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        self.engine.add(name, None, prompt, params)
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            now, num = time.perf_counter(), len(output.outputs[0].token_ids)
+            if num > self.num_tokens[output.request_id]:
+                self.num_tokens[output.request_id] = num
+                self.times[output.request_id].append(now)
+
+    def gaps(self, names: list[str], start: float, end: float) -> list[float]:
+        """Milliseconds between the tokens of these requests that came in a period, ascending."""
+        found = []
+        for name in names:
+            times = self.times[name]
+            found += [1e3 * (b - a) for a, b in itertools.pairwise(times[1:]) if start <= b < end]
+        return sorted(found)
+
+
+def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds between tokens of running decodes, quiet and while prompts arrive."""
+    llm = load(model, mode, enable_prefix_caching=False)
+    clock, names = Clock(llm), [f"decode {i}" for i in range(NUM_DECODES)]
+    for index, name in enumerate(names):
+        clock.add(name, [5 + index, *range(7, 22)], 2000)
+    clock.add("warm-up", list(range(3, 3 + PROMPT_LEN)), 2)
+    while clock.num_tokens["warm-up"] < 2 or clock.num_tokens[names[-1]] < 32:
+        clock.step()
+    start = time.perf_counter()
+    while time.perf_counter() < start + options.seconds:
+        clock.step()
+    burst, num_prompts = time.perf_counter(), 0
+    while (now := time.perf_counter()) < burst + options.seconds:
+        if now >= burst + num_prompts * options.interval:
+            clock.add(f"prompt {num_prompts}", [7 + (num_prompts * 31 + i) % 900 for i in range(PROMPT_LEN)], 2)
+            num_prompts += 1
+        clock.step()
+    end = time.perf_counter()
+    quiet, busy = clock.gaps(names, start, burst), clock.gaps(names, burst, end)
+    firsts = [1e3 * (times[1] - times[0]) for name, times in clock.times.items() if "prompt" in name and times[1:]]
+    llm.close()
+    return {
+        "quiet_p50_ms": round(_share(quiet, 0.5), 1),
+        "quiet_p99_ms": round(_share(quiet, 0.99), 1),
+        "burst_p50_ms": round(_share(busy, 0.5), 1),
+        "burst_p99_ms": round(_share(busy, 0.99), 1),
+        "burst_max_ms": round(busy[-1], 1),
+        "burst_p99_over_quiet_p99": round(_share(busy, 0.99) / _share(quiet, 0.99), 2),
+        "prompts": len(firsts),
+        "ttft_p50_ms": round(_share(sorted(firsts), 0.5)) if firsts else None,
+    }
+
+
+def _share(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def measure_streaming(model: Path, how: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds to the first token, and from it to the second, which waits for the transfer; medians of three."""
+    transfer = TransferConfig(stream=how == "pieces")
+    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=256, transfer=transfer)
+    llm = LLM(
+        model,
+        skip_tokenizer=True,
+        max_model_len=2048,
+        scheduler=config,
+        enable_prefix_caching=False,
+        prefill_workers=1,
+        decode_workers=1,
+    )
+    clock, found = Clock(llm), dict[str, Any]()
+    for num_tokens in (64, *PROMPT_LENS):
+        firsts, seconds = [], []
+        for attempt in range(3):
+            name = f"{num_tokens} {attempt}"
+            clock.add(name, [7 + (attempt * 31 + i) % 900 for i in range(num_tokens)], 3)
+            while llm.engine.has_work:
+                clock.step()
+            start, first, second = clock.times[name][:3]
+            firsts.append(1e3 * (first - start))
+            seconds.append(1e3 * (second - first))
+        if num_tokens in PROMPT_LENS:
+            found[f"{num_tokens}"] = [round(sorted(times)[1], 1) for times in (firsts, seconds)]
+    llm.close()
+    return found
+
+
+def measure_recovery(model: Path, role: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from a kill until each request of the worker has a new token, and the longest gap of the others."""
+    llm = load(model, "strict, 1+1 workers")
+    clock, names = Clock(llm), [f"decode {i}" for i in range(NUM_DECODES)]
+    for index, name in enumerate(names):
+        clock.add(name, [5 + index, *range(7, 260)], 600)
+    while min(clock.num_tokens.values()) < 16:
+        clock.step()
+    if role == "prefill":  # a request that is being prefilled
+        clock.add("new", list(range(3, 1003)), 4)
+        names = ["new"]
+    clock.step()
+    executor = llm.engine.executor.executors[role == "decode"]
+    killed, before = time.perf_counter(), dict(clock.num_tokens)
+    os.kill(executor.process_ids[0], signal.SIGKILL)
+    while any(clock.num_tokens[name] <= before[name] + (name != "new") for name in names):
+        clock.step()
+    recovered = time.perf_counter()
+    others = [f"decode {i}" for i in range(NUM_DECODES)] if role == "prefill" else []
+    gaps = clock.gaps(others, killed, recovered)
+    llm.close()
+    return {
+        "recovered_s": round(recovered - killed, 2),
+        "longest_gap_of_decodes_ms": round(gaps[-1], 1) if gaps else None,
+    }
+
+
+if __name__ == "__main__":
+    main()
