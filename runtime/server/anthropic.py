@@ -58,7 +58,7 @@ class Messages:
         self, service: Service, exchange: Exchange, body: MessagesBody, generation: Generation, use: ToolUse
     ) -> None:
         self.service, self.exchange, self.body, self.generation = service, exchange, body, generation
-        self.parser = service.make_parser(use, generation.prompts[0].text)
+        self.parser = service.make_parser(use, generation.prompts[0])
         self.blocks: list[dict[str, Any]] = []
         self._kind: Kind | None = None
         self._arguments: list[str] = []

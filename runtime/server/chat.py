@@ -104,13 +104,14 @@ class Chat:
         self, service: Service, exchange: Exchange, body: ChatBody, generation: Generation, use: ToolUse
     ) -> None:
         self.service, self.exchange, self.body, self.generation, self.use = service, exchange, body, generation, use
-        self.parsers = [service.make_parser(use, answer.prompt.text) for answer in generation.answers]
+        self.parsers = [service.make_parser(use, answer.prompt) for answer in generation.answers]
         self.head = {
             "id": generation.request_id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": body.model or service.settings.model_names[0],
         }
+        self.num_reasoning_tokens = 0
         self.role = "assistant"
         self.echoed = ""
         if body.echo and body.messages:
@@ -122,7 +123,10 @@ class Chat:
 
     def _parse(self, piece: Piece) -> list[ParsedText]:
         parser = self.parsers[piece.index]
+        was_reasoning = parser.is_reasoning
         parts = parser.feed(piece.text) if piece.text else []
+        if was_reasoning or parser.is_reasoning:
+            self.num_reasoning_tokens += len(piece.token_ids)
         if piece.finish_reason is not None:
             parts = [*parts, *parser.finish()]
         return parts if self.body.include_reasoning else [part for part in parts if not part.reasoning]
@@ -153,7 +157,7 @@ class Chat:
                 "choices": [self._choice(index, whole) for index, whole in enumerate(wholes)],
                 "service_tier": "default",
                 "system_fingerprint": self.service.fingerprint,
-                "usage": self.service.usage(self.generation),
+                "usage": self.service.usage(self.generation, self.num_reasoning_tokens),
                 "prompt_logprobs": None
                 if self.body.prompt_logprobs is None
                 else shown_prompt_logprobs(self.generation, 0),
@@ -207,7 +211,7 @@ class Chat:
                 await self.exchange.write(b"".join(encoded))
         tail = b""
         if has_usage:
-            end = self.head | {"choices": [], "usage": self.service.usage(self.generation)}
+            end = self.head | {"choices": [], "usage": self.service.usage(self.generation, self.num_reasoning_tokens)}
             end["system_fingerprint"] = self.service.fingerprint
             tail = b"data: " + msgspec.json.encode(end) + b"\n\n"
         await self.exchange.write(tail + DONE)

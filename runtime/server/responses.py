@@ -41,7 +41,7 @@ class Responses:
     ) -> None:
         self.service, self.exchange, self.body, self.generation, self.use = service, exchange, body, generation, use
         self.created = int(time.time())
-        self.parser = service.make_parser(use, generation.prompts[0].text)
+        self.parser = service.make_parser(use, generation.prompts[0])
         self.output = OutputItems(exchange.request_id, self._event)
         self.last: Piece | None = None
         self.num_reasoning_tokens = 0

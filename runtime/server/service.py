@@ -177,13 +177,18 @@ class Service:
             # In a thread: the first one prepares the vocabulary, and large schemas take milliseconds.
             await asyncio.to_thread(self.grammars.check, params.structured_outputs, self.eos_ids)
 
-    def make_parser(self, tools: ToolUse, prompt: str | None) -> OutputParser:
-        """The parser of a chat answer, by the dialects of the checkpoint; calls are text unless there are tools."""
+    def make_parser(self, tools: ToolUse, prompt: EnginePrompt) -> OutputParser:
+        """The parser of a chat answer, by the dialects of the checkpoint; calls are text unless there are tools.
+
+        An answer of structured output begins with it, also if the prompt has opened reasoning.
+        """
+        if prompt.params.structured_outputs is not None and not tools.is_forced:
+            return PlainParser()
         calls = self.dialects.calls if tools.may_call else None
         reasoning, skip = self.dialects.reasoning, self.dialects.skip
         if calls is None and reasoning is None and not skip:
             return PlainParser()
-        is_open = self.opened_reasoning(prompt)
+        is_open = self.opened_reasoning(prompt.text)
         parser = DialectParser(calls, reasoning, skip, tools=tools.schemas, in_reasoning=is_open)
         return CallParser(parser, in_reasoning=is_open, max_calls=None if tools.is_parallel else 1)
 
@@ -235,13 +240,17 @@ class Service:
         except Exception:
             LOG.warning("the span of request %s was not recorded", generation.request_id, exc_info=True)
 
-    def usage(self, generation: Generation) -> dict[str, Any]:
+    def usage(self, generation: Generation, num_reasoning: int = 0) -> dict[str, Any]:
+        """The usage at the end; as in vLLM, with the tokens of reasoning if there is a dialect for it."""
         num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens
+        has_reasoning = self.dialects.reasoning is not None
+        details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning}} if has_reasoning else {}
         return {
             "prompt_tokens": num_prompt,
             "total_tokens": num_prompt + num_answer,
             "completion_tokens": num_answer,
             "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+            **details,
         }
 
     def running_usage(self, generation: Generation) -> dict[str, int]:

@@ -103,8 +103,10 @@ def joined(chunks: Sequence[Any]) -> dict[str, Any]:
 
 
 def test_a_whole_answer(scripted: Scripted) -> None:
-    [choice] = scripted.chat(ANSWER).choices
+    answer = scripted.chat(ANSWER)
+    [choice] = answer.choices
     message = choice.message
+    assert 0 < answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
     assert (choice.finish_reason, message.content) == ("tool_calls", "I will look.")
     assert message.reasoning == message.reasoning_content == "Which city?"
     assert [call.function.name for call in message.tool_calls] == ["get_weather"] * 2
@@ -174,6 +176,14 @@ def test_a_prompt_that_opens_reasoning(scripted: Scripted) -> None:
     fields = {"extra_body": {"chat_template_kwargs": {"open_reasoning": True}}}
     message = scripted.chat(f"Hm.\n</think>\n\n{CALL}", **fields).choices[0].message
     assert (message.reasoning, message.content, len(message.tool_calls)) == ("Hm.", None, 1)
+
+
+def test_a_structured_answer_is_content(scripted: Scripted) -> None:
+    """Also after a prompt that has opened reasoning: the grammar holds from the first token on."""
+    fields = {"tools": None, "response_format": {"type": "json_object"}}
+    opened = {"chat_template_kwargs": {"open_reasoning": True}}
+    message = scripted.chat('{"a": "<think>"}', **fields, extra_body=opened).choices[0].message
+    assert (message.content, message.reasoning) == ('{"a": "<think>"}', None)
 
 
 def test_an_answer_that_is_cut_keeps_the_reason(scripted: Scripted) -> None:
