@@ -191,6 +191,14 @@ def test_strict_migrates_before_it_decodes(fake_engine) -> None:
     assert out.prefill_blocks_to_free == copy.source_blocks
 
 
+def test_blocks_of_the_prefill_pool_are_announced_as_free_once(fake_engine) -> None:
+    engine = make(fake_engine, "strict", num_blocks=16)
+    engine.add("a", 10, num_outputs=4)
+    freed = [block for _ in range(6) for block in engine.step().prefill_blocks_to_free]
+    assert engine.ends == {"a": 1}
+    assert sorted(freed) == [0, 1, 2]
+
+
 def test_strict_waits_for_a_copy_that_takes_several_steps(fake_engine) -> None:
     engine = make(fake_engine, "strict", num_blocks=8)
     request = engine.add("a", 6)
