@@ -137,6 +137,10 @@ chaos-transfers: $(TEST_READY) ## Simulate TRANSFERS (a million) of KV with loss
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --simulated $(TRANSFERS)
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --frames 100000
 
+.PHONY: fuzz-gguf
+fuzz-gguf: $(TEST_READY) ## Read 10^4 GGUF files with mutated headers, 40 times as many as the suite
+	SAGELLM_GGUF_SCALE=40 $(PYTEST) --timeout=3600 tests/formats/test_gguf.py -k mutated
+
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py
 

@@ -17,6 +17,7 @@ from sageLLM.runtime.errors import MAX_MESSAGE_LEN, SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
 from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, StoredTensor, has_single_file, weight_map
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
+from sageLLM.runtime.loader.gguf_folder import WEIGHTS
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, method_of, why_not_loaded
 from sageLLM.runtime.loader.sentence_transformers import model_folder
 from sageLLM.runtime.registry.plugins import load_registry
@@ -111,8 +112,10 @@ def _tensors(request: LintRequest, *, is_quantized: bool) -> Mapping[str, Stored
 
 def _has_weights(folder: Path) -> bool:
     """Whether the folder has all files of the weights."""
-    if not folder.is_dir() or has_single_file(folder):
-        return folder.is_dir()
+    if not folder.is_dir():
+        return False
+    if has_single_file(folder) or (folder / WEIGHTS).exists():
+        return True
     index = folder / INDEX_FILE
     return index.is_file() and all((folder / file).is_file() for file in set(weight_map(index).values()))
 

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from sageLLM.runtime.loader.checkpoint_index import has_single_file
 from sageLLM.runtime.loader.config_file import read_config_file
 from sageLLM.runtime.loader.format_choice import choose_formats
+from sageLLM.runtime.loader.gguf_checkpoint import METHOD, open_gguf
+from sageLLM.runtime.loader.gguf_folder import WEIGHTS
 from sageLLM.runtime.loader.quantization import find_in_config, method_of
 from sageLLM.runtime.loader.quantized_checkpoint import QuantizedCheckpoint
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
@@ -15,6 +18,8 @@ def open_checkpoint(folder: Path, registry: Registry) -> Checkpoint:
 
     Raises CheckpointError for damaged files, and for settings or tensors of a format that are not understood.
     """
+    if (folder / WEIGHTS).exists() and not has_single_file(folder):
+        return open_gguf(folder / WEIGHTS, registry.methods[METHOD], registry.format_values[METHOD])
     found = find_in_config(read_config_file(folder / "config.json"), folder)
     method = None if found is None else method_of(found, registry.methods)
     stored = Checkpoint.open(folder)

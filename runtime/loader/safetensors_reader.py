@@ -216,10 +216,7 @@ def _no_safetensors(root: Path) -> str:
             "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     if ggufs := sorted(path.name for path in root.glob("*.gguf")):
-        return (
-            f"{root} has only GGUF weights ({ggufs[0]}), which are not supported; "
-            "use a checkpoint with float32, bfloat16 or float16 weights in safetensors files"
-        )
+        return f"{root} has only GGUF weights ({ggufs[0]}); pass the file in place of the folder"
     others = sorted(path.name for path in root.glob("*.safetensors"))
     found = f"; found {', '.join(others[:3])}" if others else ""
     return f"{root} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"

@@ -8,6 +8,7 @@ from typing import Any
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.execution_graph.embedding import Pooling
+from sageLLM.runtime.loader.gguf_folder import SUFFIX, gguf_folder
 from sageLLM.runtime.loader.json_files import read_json
 
 _MODES: Mapping[str, Pooling] = {"cls": "first", "mean": "mean", "lasttoken": "last"}
@@ -49,11 +50,13 @@ class EmbeddingRecipe:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder with the config, the weights and the tokenizer.
+    """The folder with the config, the weights and the tokenizer; for a GGUF file one in the user's cache.
 
     Some folders of sentence-transformers have them in that of the Transformer module, `0_Transformer`. Raises
-    CheckpointError for a damaged modules.json.
+    CheckpointError for a damaged modules.json, and for a GGUF file that cannot be read.
     """
+    if folder.suffix == SUFFIX and folder.is_file():
+        return gguf_folder(folder)
     path = folder / "modules.json"
     if (folder / "config.json").exists() or not path.exists():
         return folder

@@ -169,8 +169,7 @@ def test_only_gguf_files(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         LLM(folder, skip_tokenizer=True)
     assert str(caught.value) == (
-        f"{folder} has only GGUF weights (model-q4_0.gguf), which are not supported; "
-        "use a checkpoint with float32, bfloat16 or float16 weights in safetensors files"
+        f"{folder} has only GGUF weights (model-q4_0.gguf); pass the file in place of the folder"
     )
 
 

@@ -1,0 +1,129 @@
+"""The weights of a GGUF file as those of a Hugging Face checkpoint: names, the order of rows, and float values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.printable import quoted
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.loader.dequantize import dequantize
+from sageLLM.runtime.loader.gguf_architectures import ROPE_FACTORS, architecture_of, names_of
+from sageLLM.runtime.loader.gguf_reader import GgufHeader, GgufTensor, read_gguf_header
+from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
+
+METHOD = "gguf"
+_BLOCKS = StoredPart("blocks", "u8", (Extent("N"), Extent("K", (), ("B",))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The rows `start:stop` of a tensor in the file, with the number of heads if the rows are permuted."""
+
+    tensor: GgufTensor
+    format: Format
+    shape: tuple[int, ...]
+    start: int = 0
+    num_heads: int = 0
+
+
+class GgufCheckpoint(Checkpoint):
+    """The tensors of a file under the names of Hugging Face; experts are single tensors.
+
+    Raises CheckpointError for a tensor of a type without a format, and one that is outside of the file.
+    """
+
+    def __init__(self, header: GgufHeader, method: QuantMethod, values: Mapping[str, Callable[..., Tensor]]) -> None:
+        self._values = values
+        self._data = np.memmap(header.path, np.uint8, "r")
+        formats: dict[object, Format] = {kind: one for one in method.formats for kind in one.when["type"]}
+        self._sources: dict[str, _Source] = {}
+        for tensor in header.tensors.values():
+            if tensor.name != ROPE_FACTORS:
+                format = _format_of(tensor, formats, header, self._data.size)
+                self._sources |= _sources(tensor, format, header)
+        infos = {name: TensorInfo(name, one.shape, torch.float32, header.path) for name, one in self._sources.items()}
+        super().__init__(header.path.parent, infos)
+
+    def read(self, name: str, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `dtype`, by default float32."""
+        self.info(name)
+        source = self._sources[name]
+        width = source.shape[-1]
+        sizes = {"N": prod(source.shape[:-1]), "K": width, "B": int(source.format.sizes["B"])}
+        row_bytes = width // sizes["B"] * (source.format.block_bytes or 0)
+        start = source.tensor.start + source.start * row_bytes
+        # A private mapping would be writable; nothing writes to this one.
+        raw = torch.from_numpy(np.array(self._data[start : start + sizes["N"] * row_bytes], copy=True))
+        blocks = raw.view(sizes["N"], -1, source.format.block_bytes or 1)
+        format = replace(source.format, tensors=(_BLOCKS,))
+        found = dequantize(format, self._values[format.name], {"blocks": blocks}, sizes, dtype or torch.float32)
+        found = found.view(source.shape)
+        found = _unpermuted(found, source.num_heads) if source.num_heads else found
+        return found if rows is None else found[rows]
+
+    def close(self) -> None:
+        """Nothing: the mapping lives as long as this object."""
+
+
+def open_gguf(path: Path, method: QuantMethod, values: Mapping[str, Callable[..., Tensor]]) -> GgufCheckpoint:
+    return GgufCheckpoint(read_gguf_header(path), method, values)
+
+
+def _format_of(tensor: GgufTensor, formats: Mapping[object, Format], header: GgufHeader, size: int) -> Format:
+    if tensor.type not in formats:
+        known = ", ".join(f"{one.name} ({kind})" for kind, one in formats.items())
+        raise CheckpointError(
+            f"{header.path}: the tensor {quoted(tensor.name)} has the type {tensor.type}, which is not supported; "
+            f"supported are {known}"
+        )
+    format = formats[tensor.type]
+    block_len = int(format.sizes["B"])
+    if tensor.shape[-1] % block_len:
+        raise CheckpointError(
+            f"{header.path}: the rows of {quoted(tensor.name)} must be multiples of {block_len} elements, as those of "
+            f"{format.name}, got {tensor.shape[-1]}; download it again"
+        )
+    end = tensor.start + prod(tensor.shape) // block_len * (format.block_bytes or 0)
+    if end > size:
+        raise CheckpointError(
+            f"{header.path} is damaged: tensor {quoted(tensor.name)} ends at byte {end} of {size}; download it again"
+        )
+    return format
+
+
+def _sources(tensor: GgufTensor, format: Format, header: GgufHeader) -> dict[str, _Source]:
+    """The tensors of a checkpoint that one of the file contains: itself, or a stack of experts."""
+    names = names_of(tensor.name)
+    if names is None:
+        return {tensor.name: _Source(tensor, format, tensor.shape)}  # reported as unused by the layout
+    name, name_of_expert = names
+    if name_of_expert is not None and len(tensor.shape) == 3:
+        experts, outputs, inputs = tensor.shape
+        return {
+            name_of_expert(i): _Source(tensor, format, (outputs, inputs), start=i * outputs) for i in range(experts)
+        }
+    heads = 0
+    if architecture_of(header).is_permuted and ".self_attn." in name:
+        key = {"q_proj": "head_count", "k_proj": "head_count_kv"}.get(name.split(".")[-2], "")
+        arch = header.metadata["general.architecture"]
+        default = header.metadata.get(f"{arch}.attention.head_count", 0)
+        heads = header.metadata.get(f"{arch}.attention.{key}", default) if key else 0
+    if heads and (type(heads) is not int or tensor.shape[0] % (2 * heads)):
+        raise CheckpointError(
+            f"{header.path}: the rows of {quoted(tensor.name)} must be pairs in {heads!r:.20} heads, got "
+            f"{tensor.shape[0]}; download it again"
+        )
+    return {name: _Source(tensor, format, tensor.shape, num_heads=heads)}
+
+
+def _unpermuted(x: Tensor, num_heads: int) -> Tensor:
+    """The rows of each head in halves, where the file has the two components of a pair one after the other."""
+    return x.reshape(num_heads, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)

@@ -1,0 +1,164 @@
+"""The tokenizer in the metadata of a GGUF file, as the files tokenizer.json and tokenizer_config.json."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.errors import TokenizerError
+from sageLLM.runtime.loader.gguf_reader import GgufHeader
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+SPLITS: Mapping[str, str | None] = {
+    "default": None, "gpt-2": None, "gpt2": None, "smollm": "digits",
+    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2,
+}  # fmt: skip
+"""Patterns by which texts are split before merges, by `tokenizer.ggml.pre`; None is that of GPT-2."""
+_ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+          "pad_token": "padding_token_id"}  # fmt: skip
+
+
+def tokenizer_of(header: GgufHeader) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of tokenizer.json and tokenizer_config.json.
+
+    Raises TokenizerError for a kind of tokenizer that is not supported, and for inconsistent lists.
+    """
+    metadata = header.metadata
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise TokenizerError(f"{header.path}: 'tokenizer.ggml.model' must be gpt2 or llama, got {shown(kind)}")
+    tokens = _texts(header, "tokens")
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise TokenizerError(f"{header.path}: 'tokenizer.ggml.token_type' must have {len(tokens)} elements")
+    special = {name: tokens[i] for name, i in _special(header, len(tokens))}
+    makers = {"gpt2": _byte_level, "llama": _sentence_piece}
+    content = makers[kind](header, tokens, types, special)
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")
+    content["post_processor"] = _with_bos(content["post_processor"], special, tokens, adds_bos=bool(adds_bos))
+    content["added_tokens"] = [
+        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": types[i] != _USER}
+        for i, token in enumerate(tokens) if types[i] in (_UNKNOWN, _CONTROL, _USER)
+    ]  # fmt: skip
+    settings: dict[str, Any] = dict(special)
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        settings["chat_template"] = template
+    return content, settings
+
+
+def _special(header: GgufHeader, count: int) -> Iterator[tuple[str, int]]:
+    for name, key in _ROLES.items():
+        found = header.metadata.get(f"tokenizer.ggml.{key}")
+        if found is None:
+            continue
+        if type(found) is not int or not 0 <= found < count:
+            raise TokenizerError(f"{header.path}: 'tokenizer.ggml.{key}' must be a token, got {shown(found)}")
+        yield name, found
+
+
+def _byte_level(
+    header: GgufHeader, tokens: Sequence[str], types: Sequence[int], special: Mapping[str, str]
+) -> dict[str, Any]:
+    """Merges of bytes, as in GPT-2."""
+    pre = header.metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in SPLITS:
+        raise TokenizerError(
+            f"{header.path}: 'tokenizer.ggml.pre' must be one of {', '.join(SPLITS)}, got {shown(pre)}"
+        )
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": SPLITS[pre] is None}
+    steps: list[dict[str, Any]] = [bytes_]
+    if SPLITS[pre] == "digits":
+        steps = [{"type": "Digits", "individual_digits": True}, {**bytes_, "use_regex": True}]
+    elif SPLITS[pre] is not None:
+        split = {"type": "Split", "pattern": {"Regex": SPLITS[pre]}, "behavior": "Isolated", "invert": False}
+        steps = [split, bytes_]
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": {**bytes_, "add_prefix_space": True, "use_regex": True},
+        "model": _merges_model(tokens, _texts(header, "merges"), special.get("unk_token"), byte_fallback=False),
+    }
+
+
+def _sentence_piece(
+    header: GgufHeader, tokens: Sequence[str], types: Sequence[int], special: Mapping[str, str]
+) -> dict[str, Any]:
+    """Pieces with scores, of which the pair with the best merged piece is merged first."""
+    scores = header.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise TokenizerError(f"{header.path}: 'tokenizer.ggml.scores' must have {len(tokens)} numbers")
+    pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == _NORMAL}
+    prepends = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    normalizers = [{"type": "Prepend", "prepend": "\u2581"}] if prepends else []
+    space = {"pattern": {"String": " "}, "content": "\u2581"}
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prepends else []
+    unknown = special.get("unk_token") or next((tokens[i] for i, one in enumerate(types) if one == _UNKNOWN), None)
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "Sequence", "normalizers": [*normalizers, {"type": "Replace", **space}]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _merges_model(tokens, list(_merges(pieces)), unknown, byte_fallback=True),
+    }
+
+
+def _merges(pieces: Mapping[str, float]) -> Iterator[str]:
+    """Pairs of pieces, those with the best result first."""
+    for piece in sorted(pieces, key=lambda piece: -pieces[piece]):
+        for cut in range(1, len(piece)):
+            if piece[:cut] in pieces and piece[cut:] in pieces:
+                yield f"{piece[:cut]} {piece[cut:]}"
+
+
+def _merges_model(
+    tokens: Sequence[str], merges: Sequence[str], unknown: str | None, *, byte_fallback: bool
+) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": byte_fallback,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": not byte_fallback,
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": list(merges),
+    }
+
+
+def _with_bos(
+    plain: object, special: Mapping[str, str], tokens: Sequence[str], *, adds_bos: bool
+) -> dict[str, Any] | object:
+    """The post-processor that adds the first token, if the file has one and asks for it."""
+    bos = special.get("bos_token")
+    if bos is None or not adds_bos:
+        return plain
+    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, second],
+        "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}},
+    }
+
+
+def _texts(header: GgufHeader, name: str) -> list[str]:
+    found = header.metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise TokenizerError(f"{header.path}: 'tokenizer.ggml.{name}' must be a list of texts, got {shown(found)}")
+    return found

@@ -1,0 +1,226 @@
+"""GGUF files load directly: config, names, order of rows, tokenizer and chat template from their metadata."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sageLLM import LLM, SamplingParams
+from sageLLM.generated.formats import METHODS
+from sageLLM.generated.formats.values import VALUES
+from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
+from sageLLM.runtime.errors import CheckpointError, TokenizerError
+from sageLLM.runtime.loader import gguf_tokenizer
+from sageLLM.runtime.loader.gguf_architectures import config_of
+from sageLLM.runtime.loader.gguf_checkpoint import open_gguf
+from sageLLM.runtime.loader.gguf_folder import gguf_folder
+from sageLLM.runtime.loader.gguf_reader import read_gguf_header
+from sageLLM.runtime.loader.gguf_tokenizer import tokenizer_of
+from sageLLM.runtime.text.tokenizer import Tokenizer
+from tests.formats import gguf_files
+from tests.formats.test_checkpoints import answers
+
+MakeCheckpoint = Callable[..., Path]
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 64}
+WORDS: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": [chr(33 + i % 90) * (1 + i // 90) for i in range(199)],
+    "tokenizer.ggml.merges": ["! !"],
+    "tokenizer.ggml.eos_token_id": 1,
+}
+FORMATS = {"q_proj.weight": "q8_0", "up_proj.weight": "q4_0", "k_proj.weight": "q8_0", "lm_head.weight": "q8_0"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sageLLM.runtime.loader.gguf_folder.cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "config"),
+    [
+        ("Llama", "llama", {"tie_word_embeddings": True}),
+        ("Llama", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+        ("Qwen3", "qwen3", {"head_dim": 32}),
+        ("Qwen2", "qwen2", {}),
+        (
+            "Qwen3Moe",
+            "qwen3moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        ),
+    ],
+)
+def test_the_answers_are_those_of_the_dequantised_checkpoint(
+    family: str, architecture: str, config: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(family, **SMALL, **config)
+    plain = gguf_files.convert(source, tmp_path / "m.gguf", architecture, FORMATS, **WORDS)
+    found = answers(tmp_path / "m.gguf", dtype="float32")
+    assert found == answers(plain, dtype="float32")
+
+
+def test_blocks_of_256(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("Llama", **{**SMALL, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1})
+    formats = {"v_proj.weight": "q6_k", "q_proj.weight": "q4_k", "down_proj.weight": "q6_k", "tokens.weight": "q4_k"}
+    plain = gguf_files.convert(source, tmp_path / "m.gguf", "llama", formats, **WORDS)
+    assert answers(tmp_path / "m.gguf", dtype="float32") == answers(plain, dtype="float32")
+
+
+def test_a_rank_has_the_share_of_the_dequantised_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from sageLLM.runtime.loader.model import load_model
+    from sageLLM.runtime.registry.plugins import load_registry
+
+    plain = gguf_files.convert(make_checkpoint("Llama", **SMALL), tmp_path / "m.gguf", "llama", FORMATS, **WORDS)
+    options: dict[str, Any] = {"dtype": "float32", "device": torch.device("cpu"), "max_model_len": None, "tp": 2}
+    folder = gguf_folder(tmp_path / "m.gguf")
+    for rank in range(2):
+        one, other = (load_model(path, load_registry(), rank=rank, **options).weights for path in (folder, plain))
+        assert all(torch.equal(one[name], other[name]) for name in one)  # type: ignore[arg-type]
+
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+
+
+def test_the_tokenizer_of_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its merges and tokens as metadata; the file's pattern is added to those known."""
+    content = json.loads((TINY / "tokenizer.json").read_text())
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    monkeypatch.setitem(gguf_tokenizer.SPLITS, "tiny", pattern)  # type: ignore[arg-type]
+    tokens = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "tiny",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in content["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+    }
+    gguf_files.convert(TINY, tmp_path / "tiny.gguf", "llama", {}, **metadata)
+    llm = LLM(str(tmp_path / "tiny.gguf"))
+    assert llm.tokenizer is not None
+    own, other = llm.tokenizer, Tokenizer.from_folder(TINY)
+    for text in ("def main(self):\n    return 1", "élan  vital <|endoftext|> 12", ""):
+        assert own.encode(text) == other.encode(text)
+        assert own.decode(own.encode(text)) == other.decode(other.encode(text))
+    assert own.chat_templates["default"] == "{{ messages[0].content }}" and own.eos_token_ids == {0}
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    texts = [one.generate(["def main("], greedy)[0].outputs[0].text for one in (llm, LLM(str(TINY)))]
+    assert texts[0] == texts[1]
+
+
+def test_pieces_with_scores(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """SentencePiece: the pair with the best result is merged first; unknown characters become bytes."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "c",
+        "ab",
+        "bc",
+        "\u2581a",
+    ]
+    scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 7,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    source = make_checkpoint("Llama", **SMALL, vocab_size=len(pieces))
+    gguf_files.convert(source, tmp_path / "m.gguf", "llama", {}, **metadata)
+    tokenizer = Tokenizer.from_folder(gguf_folder(tmp_path / "m.gguf"))
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    assert tokenizer.encode("abc") == [1, *(ids[piece] for piece in ("\u2581a", "bc"))]
+    assert tokenizer.encode("\u00e9") == [1, *(ids[piece] for piece in ("\u2581", "<0xC3>", "<0xA9>"))]
+    assert tokenizer.decode(tokenizer.encode("abc a\u00e9")) == "abc a\u00e9"
+
+
+def edited(path: Path, old: bytes, new: bytes) -> Path:
+    content = path.read_bytes()
+    assert content.count(old) >= 1
+    path.write_bytes(content.replace(old, new, 1))
+    return path
+
+
+@pytest.fixture
+def file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    gguf_files.convert(make_checkpoint("Llama", **SMALL), tmp_path / "m.gguf", "llama", FORMATS, **WORDS)
+    return tmp_path / "m.gguf"
+
+
+Q = gguf_files.text("blk.0.attn_q.weight") + struct.pack("<IQQ", 2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        (b"GGUF", b"GGML", "must begin with GGUF; pass a GGUF file, or a checkpoint folder"),
+        (b"GGUF\3", b"GGUF\1", "byte 8 of the header: version 1 is not supported; supported are 2 and 3"),
+        (b"llama.block_count", b"llama.block_counT", "'llama.block_count' must be a number, got null"),
+        (gguf_files.typed("llama"), gguf_files.typed("mamba"), "must be one of llama, qwen2, qwen3, qwen3moe, got"),
+        (Q + struct.pack("<I", 8), Q + struct.pack("<I", 10), "'blk.0.attn_q.weight' has the type 10, which is not"),
+        (Q, Q[:-16] + struct.pack("<QQ", 60, 64), "the rows of 'blk.0.attn_q.weight' must be multiples of 32 elements"),
+        (Q, Q[:-16] + struct.pack("<QQ", 64, 2**40), "'blk.0.attn_q.weight' ends at byte"),
+        (Q, Q[:-16] + struct.pack("<QQ", 64, 2**60), "'blk.0.attn_q.weight' of the shape [1152921504606846976, 64] is"),
+        (gguf_files.typed("gpt2"), gguf_files.typed("bert"), "'tokenizer.ggml.model' must be gpt2 or llama, got 'ber"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file(old: bytes, new: bytes, error: str, file: Path) -> None:
+    with pytest.raises((CheckpointError, TokenizerError)) as caught:
+        LLM(edited(file, old, new))
+    assert (error in str(caught.value) and str(caught.value).startswith(str(file))) or "cache" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_cut_off(file: Path) -> None:
+    content = file.read_bytes()
+    for length in (3, 24, 400, 3000, len(content) - 100):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"must begin with GGUF|cut off|outside of the file|ends at byte"):
+            LLM(file, skip_tokenizer=True)
+
+
+def test_lint(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lint_checkpoint(LintRequest("model", file, None, None, (), False)) == 0
+    assert "exactly those of the layout" in capsys.readouterr().out
+
+
+def test_mutated_headers_are_read_or_refused(file: Path) -> None:
+    """Any bytes of the header: a clear error, or a header; nothing else, and no large allocation.
+
+    `SAGELLM_GGUF_SCALE=40` tries 10^4 of them (`make fuzz-gguf`).
+    """
+    content = bytearray(file.read_bytes())
+    end = content.index(b"blk.1.")
+    random = np.random.default_rng(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(250 * int(os.environ.get("SAGELLM_GGUF_SCALE", "1"))):
+        found = bytearray(content)
+        for at in random.integers(0, end, random.integers(1, 4)):
+            found[at] = random.integers(0, 256)
+        file.write_bytes(found)
+        try:
+            header = read_gguf_header(file)
+            open_gguf(file, METHODS["gguf"], VALUES["gguf"])
+            config_of(header, None, "float32")
+            tokenizer_of(header)
+            outcomes["read"] += 1
+        except (CheckpointError, TokenizerError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10, outcomes
