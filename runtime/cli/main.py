@@ -259,6 +259,18 @@ def doctor(
 
 
 @app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="A checkpoint folder with float weights.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    format: Annotated[str, typer.Option(help="int8 (a scale per output), or int4-g32, -g64, -g128 (per group).")],
+) -> None:
+    """Write a copy of a checkpoint with linear weights rounded to 8 or 4 bits, in compressed-tensors' format."""
+    from sageLLM.runtime.cli.quantize import quantize as write_quantized
+
+    raise typer.Exit(write_quantized(model, out, format))
+
+
+@app.command()
 def simulate(
     trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
     skip_bad_rows: Annotated[
