@@ -75,11 +75,6 @@ class _Conflict(NamedTuple):
 
 CONFLICTS = (
     _Conflict(
-        "num_ubatches",
-        "pipeline_parallel_size",
-        "num_ubatches must be 1 with several pipeline stages, got {num_ubatches}",
-    ),
-    _Conflict(
         "af",
         "tensor_parallel_size",
         "af must not be combined with tensor_parallel_size or pipeline_parallel_size; use one",

@@ -102,8 +102,15 @@ def stage_graph(graph: ExecutionGraph, stage: PipelineStage) -> ExecutionGraph:
 
 
 def received_values(graph: ExecutionGraph) -> list[TensorRef]:
-    """The inputs of a stage's graph that are buffers of receives."""
-    return [node.inputs[0] for node in graph.nodes.values() if isinstance(node, Recv)]
+    """The inputs of a stage's graph that are buffers of receives; each micro-batch receives rows of them."""
+    found: dict[str, TensorRef] = {}
+    for node in graph.nodes.values():
+        if isinstance(node, Recv):
+            buffer = node.inputs[0]
+            split = graph.producer(buffer)
+            whole = buffer if split is None else split.inputs[0]
+            found[whole.name] = whole
+    return list(found.values())
 
 
 def _device_of(node: ExecutionNode, num_layers: int, num_stages: int, has_layers_begun: bool) -> int:

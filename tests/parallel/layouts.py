@@ -1,7 +1,7 @@
 """Compares ranks with one process, for the cases of the oracle tests: tokens and log-probabilities.
 
     python tests/parallel/layouts.py [--only TEXT] [--modes hybrid,time_share,strict] [--degrees 2x1,1x2]
-                                       [--expert-parallel] [--part 1/4]
+                                       [--expert-parallel] [--num-ubatches 2] [--part 1/4]
 
 Each case runs in float32 in the given modes and degrees (tensor-parallel ranks x pipeline stages);
 `make parallel-layouts` runs all of them in all modes, which takes half an hour. A case with sizes that the degree does
@@ -34,12 +34,14 @@ def main() -> None:
     parser.add_argument("--modes", default="hybrid")
     parser.add_argument("--degrees", default="2x1,1x2")
     parser.add_argument("--expert-parallel", action="store_true", help="with whole experts on each rank")
+    parser.add_argument("--num-ubatches", type=int, default=1, help="micro-batches of each step")
     parser.add_argument("--part", default="1/1")
     options = parser.parse_args()
     failed, (first, step) = 0, map(int, options.part.split("/"))
     for name, family, config in list(cases(options.only))[first - 1 :: step]:
         for mode in options.modes.split(","):
-            degrees, more = options.degrees.split(","), {"enable_expert_parallel": options.expert_parallel}
+            degrees = options.degrees.split(",")
+            more = {"enable_expert_parallel": options.expert_parallel, "num_ubatches": options.num_ubatches}
             for degree, found in zip(degrees, compare(family, config, mode, degrees, **more), strict=True):
                 failed += found not in ("equal", "refused", "no experts")
                 print(f"{name:<60} {mode:<12} {degree} {found}", flush=True)

@@ -26,6 +26,11 @@ def test_two_ranks_with_overlapping_collectives_equal_one() -> None:
     assert compare(family, config, "hybrid", ["2x1"], num_ubatches=2, overlap_transfers=True) == ["equal"]
 
 
+def test_two_stages_in_micro_batches_equal_one() -> None:
+    family, config = next((family, config) for found, family, config in cases("deepseek_v2") if found == "deepseek_v2")
+    assert compare(family, config, "hybrid", ["1x2"], num_ubatches=2) == ["equal"]
+
+
 def test_two_ranks_with_whole_experts_equal_one() -> None:
     _, family, config = next(cases("mixtral, window"))
     assert compare(family, config, "hybrid", ["2x1"], enable_expert_parallel=True) == ["equal"]

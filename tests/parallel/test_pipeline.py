@@ -11,7 +11,7 @@ import pytest
 
 from sageLLM import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.errors import CheckpointError, SageError
+from sageLLM.runtime.errors import CheckpointError
 from tests.engine.test_async_scheduling import assert_same as assert_same_answers
 from tests.engine.test_async_scheduling import load as load_small
 from tests.engine.test_async_scheduling import requests, serve
@@ -42,6 +42,15 @@ def test_two_stages_of_two_ranks_in_strict_mode(expected: list[RequestOutput]) -
     assert_ended(ids)
 
 
+def test_stages_in_micro_batches(expected: list[RequestOutput]) -> None:
+    """A stage receives the rows of each micro-batch by themselves, into a part of one buffer."""
+    llm = load("time_share", pipeline_parallel_size=2, num_ubatches=3)
+    assert_same(llm.generate(PROMPTS, PARAMS), expected)
+    ids = process_ids(llm)
+    llm.close()
+    assert_ended(ids)
+
+
 def test_random_traffic_with_preemption(stages: LLM) -> None:
     """Prefixes, chunks, forks, stop rules, aborts and swapping, in a pool that is too small."""
     alone = load_small("hybrid", async_scheduling=False)
@@ -69,5 +78,3 @@ def test_a_killed_stage_costs_no_request(stages: LLM) -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"pipeline_parallel_size=9 is more than the 4 layers of .*tiny"):
         load(pipeline_parallel_size=9)
-    with pytest.raises(SageError, match="num_ubatches must be 1 with several pipeline stages, got 2"):
-        load(pipeline_parallel_size=2, num_ubatches=2)
