@@ -57,6 +57,10 @@ def num_candidates(batch: SamplingBatch) -> int:
 def _draw(logits_RV: Tensor, top: TopTokens, batch: SamplingBatch, share: Share) -> Tensor:
     """Draws tokens i64[R] from adjusted logits."""
     uniforms_R1 = batch.uniforms(logits_RV.device).unsqueeze(1)
+    if not (batch.max_top_k or batch.uses_top_p or batch.uses_min_p):
+        in_share = weigh(_below_highest(logits_RV, top, batch))
+        (of_ranks,) = share.exchange(total_of(in_share))
+        return _draw_by_rank(in_share, of_ranks.squeeze(2), uniforms_R1, share)
     below = _below_highest(top.logits, top, batch)
     num_kept, is_decided = _keep_by_min_p_and_top_k(below, batch, share)
     weights = _first(weigh(below), num_kept)
