@@ -51,8 +51,8 @@ ROWS = [
     *(Row("llama", af, 2, "hybrid") for af in ("1:1x2", "2:1x2", "1:2x2")),
     Row("gpt2", "1:1x2", 1, "time_share"),
     Row("mixtral", "2:1x2", 2, "strict"),
-    Row("mixtral", "2:1x2", 2, "hybrid", "auto", True),
-    Row("deepseek_v2", "1:1x2", 2, "hybrid"),
+    Row("qwen2_moe", "2:1x2", 2, "hybrid", "auto", True),
+    Row("deepseek_v2", "1:1x2", 2, "hybrid", "auto", True),
     Row("bloom", "1:1", 2, "time_share", "reference"),
     Row("mixtral", "2:1", 1, "hybrid", "reference"),
 ]
