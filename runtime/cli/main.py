@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from sageLLM.runtime.cli.bench_commands import bench_app
-from sageLLM.runtime.cli.deploy_commands import deploy
+from sageLLM.runtime.cli.deploy_commands import deploy, plan
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
 from sageLLM.runtime.cli.serve_options import with_serve_options
 from sageLLM.runtime.cli.worker_command import worker
@@ -19,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(bench_app, name="bench")
 app.command()(worker)
 app.command()(deploy)
+app.command()(plan)
 
 Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
 Plugins = Annotated[

@@ -4,28 +4,18 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from sageLLM.runtime.cli.simulate_deploy import of_deployment
 from sageLLM.runtime.cli.simulate_request import SimulateRequest
 from sageLLM.runtime.cli.simulate_setup import make_setup
+from sageLLM.runtime.cli.trace_options import requested_trace
 from sageLLM.runtime.sim.measured import read_measured
 from sageLLM.runtime.sim.metrics import Summary
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.report import as_data, as_table
 from sageLLM.runtime.sim.simulator import Simulation
-from sageLLM.runtime.sim.trace import (
-    BadRowError,
-    Lengths,
-    SkippedRows,
-    TraceRequest,
-    at_rate,
-    read_trace,
-    synthetic,
-)
-
-MAX_SEQ_LEN = 2**20
+from sageLLM.runtime.sim.trace import BadRowError, TraceRequest
 
 
 def run_simulation(request: SimulateRequest, deployment: str | None = None) -> int:
@@ -35,7 +25,7 @@ def run_simulation(request: SimulateRequest, deployment: str | None = None) -> i
             request = of_deployment(request, deployment)
         modes = _modes(request)
         measured = _measured(request)
-        trace = _trace(request)
+        trace = requested_trace(request)
         results: dict[str, Summary] = {}
         for label, mode, chunk_size in _rows(modes, request.chunk_sizes):
             results[label] = _simulated(label, mode, make_setup(request, chunk_size), trace, request)
@@ -101,29 +91,3 @@ def _simulated(
     for number, reason in list(simulation.refusals.items())[:1]:
         print(f"{label}: request {number} and {len(simulation.refusals) - 1} more rejected: {reason}", file=sys.stderr)
     return Summary.of(timelines, request.slo, simulation.num_steps)
-
-
-def _trace(request: SimulateRequest) -> list[TraceRequest]:
-    """The first requests of the trace, at their original times or at the requested rate."""
-    if request.trace is None:
-        if request.rate is None or request.num_requests is None:
-            raise ValueError("pass --trace, or --rate and --num-requests to generate one")
-        prompt, output = Lengths(*request.prompt, MAX_SEQ_LEN), Lengths(*request.output, MAX_SEQ_LEN)
-        return synthetic(request.num_requests, request.rate, prompt, output, request.seed)
-    trace = _read(request.trace, request.skips_bad_rows)[: request.num_requests]
-    if request.rate is not None:
-        return at_rate(trace, request.rate, request.seed)
-    if len(trace) > 1 and trace[-1].arrival_s == 0:
-        raise ValueError(f"expected arrival times in {request.trace}; pass --rate")
-    return trace
-
-
-def _read(path: Path, skips_bad_rows: bool) -> list[TraceRequest]:
-    if not skips_bad_rows:
-        return read_trace(path)
-    skipped = SkippedRows()
-    trace = read_trace(path, skipped)
-    if skipped.num:
-        num_rows = len(trace) + skipped.num
-        print(f"{path}: skipped {skipped.num} of {num_rows} rows, the first: {skipped.first}", file=sys.stderr)
-    return trace

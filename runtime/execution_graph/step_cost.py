@@ -52,7 +52,7 @@ class RooflineStepCost:
         self.graph = graph = _kernel_graph(layout, config, parallel, dtype, is_fused)
         self.experts = Experts(getattr(config, "X", 0), getattr(config, "A", 0), expert_parallel_size)
         self.num_moe_layers = sum(node.op_type.name == "ROUTER" for node in graph.nodes.values())
-        self.weight_bytes = _weight_bytes(graph, expert_parallel_size)
+        self.weight_bytes = weight_bytes(graph, expert_parallel_size)
         self._tables = StepTables(graph, hardware, {"tp": tensor_parallel_size}, self.experts)
 
     @property
@@ -103,7 +103,7 @@ def _kernel_graph(
     return graph
 
 
-def _weight_bytes(graph: ExecutionGraph, expert_parallel_size: int) -> int:
+def weight_bytes(graph: ExecutionGraph, expert_parallel_size: int) -> int:
     """Bytes of the weights on one device, with its share of the experts."""
     stacked = {node.inputs[2].name for node in graph.nodes.values() if "experts" in getattr(node, "tags", ())}
     total = 0

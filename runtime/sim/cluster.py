@@ -30,6 +30,10 @@ class EventQueue:
         heapq.heappush(self._heap, (when, self._num_put, event))
         self._num_put += 1
 
+    def clear(self) -> None:
+        """Drops all events."""
+        self._heap.clear()
+
     def run(self) -> None:
         """Runs all events, including those that they add."""
         while self._heap:

@@ -23,10 +23,11 @@ DEFAULT_KV = KVBudget(num_blocks=2**18)
 
 @dataclass(frozen=True, slots=True)
 class RoleSetup:
-    """Workers of one role: the cost of a step, and the KV of a worker (None: unbounded)."""
+    """Workers of one role: the cost of a step, the KV of a worker (None: unbounded), and its stages (None: as all)."""
 
     cost: StepCostModel
     kv_budget: KVBudget | None = None
+    pipeline_depth: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,8 @@ def _share(budget: KVBudget | None, setup: Setup) -> KVBudget | None:
 def _strict(events: EventQueue, setup: Setup) -> Cluster:
     """One scheduler per pair of workers if the numbers are equal, else one per worker, with requests handed over."""
     prefill, decode = setup.role("prefill"), setup.role("decode")
-    if setup.num_prefill == setup.num_decode and setup.pipeline_depth == 1:
+    depths = {role.pipeline_depth or setup.pipeline_depth for role in (prefill, decode)}
+    if setup.num_prefill == setup.num_decode and depths == {1}:
         budget = _pair_budget(prefill.kv_budget, decode.kv_budget)
         strict = _pd_scheduler(replace(setup.scheduler, mode="strict"), budget, setup.max_model_len)
         return Paired(events, strict, (prefill.cost, decode.cost), setup.transfer_s, setup.num_prefill)
@@ -118,8 +120,9 @@ def _pair_budget(prefill: KVBudget | None, decode: KVBudget | None) -> KVBudget 
 
 def _role_workers(setup: Setup, role: RoleSetup, mode: Literal["time_share", "hybrid"], num_workers: int) -> Kind:
     config = replace(setup.scheduler, mode=mode)
-    make = _pd_scheduler(config, _share(role.kv_budget, setup), setup.max_model_len)
-    return Kind(make, role.cost, num_workers, setup.pipeline_depth)
+    depth = role.pipeline_depth or setup.pipeline_depth
+    budget = _share(role.kv_budget, replace(setup, pipeline_depth=depth))
+    return Kind(_pd_scheduler(config, budget, setup.max_model_len), role.cost, num_workers, depth)
 
 
 def _pd_scheduler(

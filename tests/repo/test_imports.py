@@ -108,6 +108,7 @@ LAYERS = {
     "runtime/cli/worker_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/deploy.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
+    "runtime/cli/plan.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime/cli/deploy_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/deploy_file.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
