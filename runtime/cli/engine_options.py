@@ -125,6 +125,9 @@ class EngineOptions:
     kv_load_failure_policy: Annotated[
         Literal["recompute", "fail"], Option("Treatment of requests with KV that cannot be copied.")
     ] = "recompute"
+    kv_events_config: Annotated[
+        str | None, Option("JSON with vLLM's fields: publish changes of the prefix cache over ZeroMQ.")
+    ] = None
     plugins: Annotated[list[Path] | None, Option("An additional generated folder; can be repeated.", "--plugin")] = None
     disable_passes: Annotated[str, Option("Graph passes to skip, separated by commas.")] = ""
 

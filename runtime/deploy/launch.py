@@ -2,9 +2,12 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sageLLM.runtime.deploy.placement import DeployError, Placement, Role
+
+TRANSPORTS = {"shm": "shared_memory", "tcp": "tcp"}
+"""Transports of a deployment, and the values of `--kv-transport`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +87,24 @@ def engines(placement: Placement) -> list[tuple[Role, dict[str, object]]]:
 def _of_two_roles(placement: Placement, first: Role, second: Role) -> tuple[Role, dict[str, object]]:
     if why := why_not_one_engine(first, second):
         raise DeployError(f"{placement.name}: {why}")
-    options = engine_options(placement, first) | dict(placement.limits_of(second))
     if first.name == "attention":
+        options = engine_options(placement, first) | dict(placement.limits_of(second))
         return first, options | {"af": f"{first.count}:{second.count}"}
-    return first, options | pd_options(placement, first, second)
+    shared = engine_options(placement, replace(first, tp=1, ep=1)) | dict(placement.limits_of(second))
+    return first, shared | pd_options(placement, first, second)
 
 
 def pd_options(placement: Placement, prefill: Role, decode: Role) -> dict[str, object]:
-    """Options of an engine with prefill and decode workers."""
-    return {"pd": "strict"}
+    """Options of an engine with prefill and decode workers in processes."""
+    options: dict[str, object] = {"pd": "strict", "prefill_workers": prefill.count, "decode_workers": decode.count}
+    for role in (prefill, decode):
+        if role.tp > 1:
+            options[f"{role.name}_tensor_parallel_size"] = role.tp
+    if placement.transport != "auto":
+        if placement.transport not in TRANSPORTS:
+            raise DeployError(f"{placement.name}: `transport` must be shm, tcp or auto here, got {placement.transport}")
+        options["kv_transport"] = TRANSPORTS[placement.transport]
+    return options
 
 
 def why_not_one_engine(first: Role, second: Role) -> str | None:
@@ -104,8 +116,10 @@ def why_not_one_engine(first: Role, second: Role) -> str | None:
             )
     if first.name == "attention" and first.devices_per_worker * second.devices_per_worker > 1:
         return "attention and FFN workers have one device each; set `tp: 1` and `pp: 1`"
-    if first.name == "prefill" and (first.count, second.count) != (1, 1):
-        return "an engine has one prefill and one decode worker; set `count: 1`"
+    if first.name == "prefill" and max(first.pp, first.ep, second.pp, second.ep) > 1:
+        return "prefill and decode workers have one stage and no expert parallelism; set `pp: 1` and `ep: 1`"
+    if first.name == "prefill" and first.device != "cpu":
+        return "prefill and decode workers in processes run on CPUs; set `device: cpu`, or use the role `both`"
     return None
 
 

@@ -87,6 +87,7 @@ class Engine:
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}
         self._sequences: dict[str, Sequence] = {}
+        self._kv_events: KVEventPublisher | None = None
         self._start()
 
     def _start(self) -> None:
@@ -94,6 +95,13 @@ class Engine:
         self._whole = self._make_scheduler()
         self._scheduler: RequestScheduler = self._whole
         self._pipeline: Steps = self._make_pipeline(self._whole)
+        if self._kv_events is not None:
+            self._whole.kv.prefill.record_prefixes(self._kv_events.log)
+
+    def publish_kv_events(self, publisher: KVEventPublisher) -> None:
+        """Publishes the changes of the prefix cache after each step, from an empty one on."""
+        self._kv_events = publisher
+        self._whole.kv.prefill.record_prefixes(publisher.log)
 
     def _make_scheduler(self) -> PDScheduler:
         config, model = self._config, self.model
@@ -145,6 +153,8 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example to measure without hits."""
         self.scheduler.kv.prefill.reset_prefix_cache()
+        if self._kv_events is not None:
+            self._kv_events.publish()
 
     def add(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> None:
         """Checks and queues a request. Raises RequestError, and changes nothing, for one that cannot be served."""
@@ -253,13 +263,19 @@ class Engine:
         failure.__cause__ = error
         return failure
 
+    def _advance(self) -> list[Sequence]:
+        changed = self._pipeline.advance()
+        self.num_steps += 1
+        if self._kv_events is not None:
+            self._kv_events.publish()
+        return changed
+
     def step(self, *, only_finished: bool = False) -> list[RequestOutput]:
         """Completes one step; returns the requests with new tokens or an end, in order of arrival.
 
         `only_finished` leaves out requests that continue, which saves building their outputs.
         """
-        changed = self._pipeline.advance()
-        self.num_steps += 1
+        changed = self._advance()
         return self._collect([s for s in changed if s.is_finished] if only_finished else changed, only_finished)
 
     def step_answers(self) -> list[Sequence]:
@@ -267,8 +283,7 @@ class Engine:
 
         The caller keeps count of the tokens that it has taken.
         """
-        changed = self._pipeline.advance()
-        self.num_steps += 1
+        changed = self._advance()
         for group in {id(answer.group): answer.group for answer in changed}.values():
             if group.is_finished and group.request_id in self._groups:
                 self._remove(group)
@@ -292,8 +307,10 @@ class Engine:
         return self._pipeline.plan()
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and the publisher of events."""
         self.executor.close()
+        if self._kv_events is not None:
+            self._kv_events.close()
 
     def wait(self) -> None:
         """Returns when no step is running, so that the caller can run other work on the model's device."""

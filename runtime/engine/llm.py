@@ -169,6 +169,7 @@ class LLM:
         decode_block_size: int | None = None,
         kv_transport: TransportName = "shared_memory",
         kv_load_failure_policy: LoadFailurePolicy = "recompute",
+        kv_events_config: str | dict[str, Any] | None = None,
     ) -> None:
         folder = model_folder(Path(model))
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -199,6 +200,9 @@ class LLM:
         )
         config = scheduler or PDSchedulerConfig(mode="hybrid")
         check_pd(parallelism, config, torch_device)
+        kv_events = read_config(kv_events_config)
+        if kv_events is not None and (parallelism.pd is not None or af is not None or kv_tier != "device"):
+            raise SageError("kv_events_config requires one prefix cache: omit prefill_workers, af and kv_tier")
         if parallelism.node is not None and parallelism.node.node_rank > 0:
             serve_node(parallelism.node)
             raise SystemExit(0)
@@ -272,6 +276,7 @@ class LLM:
                 eos_token_ids=read_eos_ids(folder),
                 async_scheduling=async_scheduling,
             )
+        self._publish_kv_events(kv_events, block_size)
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(
             self.model,
@@ -283,6 +288,10 @@ class LLM:
         self._recipe = read_recipe(Path(model))
         self._ids = itertools.count()
         self._chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
+
+    def _publish_kv_events(self, config: KVEventsConfig | None, block_size: int) -> None:
+        if config is not None and self._engine is not None:
+            self._engine.publish_kv_events(KVEventPublisher(config, block_size))
 
     @property
     def engine(self) -> Engine:

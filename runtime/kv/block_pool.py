@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from itertools import filterfalse
 from typing import Protocol
 
+from sageLLM.runtime.kv.events import KVEventLog
+
 
 class Claim(Protocol):
     """The labels of several blocks, not computed yet."""
@@ -53,6 +55,7 @@ class BlockPool:
         self._num_stale: dict[int, int] = {}
         self._label_of: dict[int, bytes | Claim] = {}
         self._by_label: dict[bytes, int] = {}
+        self.log: KVEventLog | None = None
 
     @property
     def num_used(self) -> int:
@@ -108,6 +111,8 @@ class BlockPool:
             label = labels.pop(block)
             if isinstance(label, bytes):
                 del by_label[label]
+                if self.log is not None:
+                    self.log.remove(label)
             else:
                 label.lose_block()
         self._idle.difference_update(blocks)
@@ -267,6 +272,8 @@ class BlockPool:
         self._label_of.clear()
         self._by_label.clear()
         self.labels_version += 1
+        if self.log is not None:
+            self.log.clear()
 
     def check_integrity(self) -> None:
         """Checks that every block is in exactly one state (free, used or idle), and that labels are consistent."""

@@ -15,6 +15,7 @@ from sageLLM.runtime.kv.block_pool import BlockPool
 from sageLLM.runtime.kv.copies import Admission, BlockCopy, Fork, KVStats, TierCopy
 from sageLLM.runtime.kv.hash_chain import HashChain
 from sageLLM.runtime.kv.lower_tier import TwoTierPool
+from sageLLM.runtime.kv.events import KVEventLog
 from sageLLM.runtime.kv.prefix_cache import PrefixCache
 from sageLLM.runtime.kv.swap import SwapSpace
 
@@ -152,6 +153,10 @@ class PagedKVManager:
         table = self._tables.get(seq_id)
         if table is not None:
             self._prefixes.publish(seq_id, table, num_computed_tokens)
+
+    def record_prefixes(self, log: KVEventLog) -> None:
+        """Logs the blocks that other sequences can find, from now on."""
+        self._prefixes.record(log)
 
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example because the weights changed."""

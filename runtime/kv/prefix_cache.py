@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from sageLLM.runtime.kv.block_pool import BlockPool
+from sageLLM.runtime.kv.events import KVEventLog
 from sageLLM.runtime.kv.hash_chain import HashChain
 from sageLLM.runtime.kv.unnamed_blocks import UnnamedBlocks
 
@@ -41,8 +42,14 @@ class PrefixCache:
         self._block_size = block_size
         self._sequences: dict[str, TrackedSequence] = {}
         self._unnamed: dict[bytes, UnnamedBlocks] = {}  # by the name of the block before them
+        self._log: KVEventLog | None = None
         self.total_queried_tokens = 0
         self.total_hit_tokens = 0
+
+    def record(self, log: KVEventLog) -> None:
+        """Logs the blocks that can be found; each is then named when it is published."""
+        self._log = self._pool.log = log
+        log.clear()
 
     def track(self, seq_id: str, prompt: Sequence[int], outputs: Sequence[int], salt: str) -> None:
         """Starts to track a sequence by its live token lists, which may only grow at the end."""
@@ -122,7 +129,8 @@ class PrefixCache:
         parent = sequence.name(first - 1)
         for index in range(first, first + len(blocks)):
             is_awaited = parent in self._unnamed
-            if is_new and not (has_duplicates or is_awaited) and index >= sequence.num_named:
+            is_lazy = self._log is None and not (has_duplicates or is_awaited)
+            if is_new and is_lazy and index >= sequence.num_named:
                 unnamed = UnnamedBlocks(
                     parent, blocks[index - first :], sequence, index, self._block_size, self._unnamed
                 )
@@ -131,8 +139,12 @@ class PrefixCache:
                 return
             if is_awaited:
                 self._name_one_after(parent)
-            parent = sequence.name(index)
+            before, parent = parent, sequence.name(index)
             has_duplicates = not pool.label(blocks[index - first], parent)
+            if self._log is not None and not has_duplicates:
+                start = index * self._block_size
+                token_ids = sequence.token_ids(start, start + self._block_size)
+                self._log.store(parent, before if index else None, token_ids)
 
     def _name_one_after(self, parent: bytes) -> None:
         """Names the first block of those that wait after this name; the rest waits after its name."""

@@ -36,6 +36,7 @@ def written(folder: Path, text: str) -> Placement:
     [
         ("tiny", "local"),
         ("attention_ffn", "local"),
+        ("prefill_decode", "local"),
         ("two_hosts", "torchrun"),
         ("two_hosts", "kubernetes"),
         ("two_hosts", "ray"),
@@ -125,6 +126,11 @@ def test_texts_of_a_spec_stay_texts(tmp_path: Path) -> None:
     ("roles", "message"),
     [
         ("attention: {tp: 2}, ffn: {}", "it: attention and FFN workers have one device each; set `tp: 1` and `pp: 1`"),
+        (
+            "prefill: {device: cuda}, decode: {}",
+            "prefill and decode workers in processes run on CPUs; set `device: cpu`",
+        ),
+        ("prefill: {}, decode: {pp: 2}", "prefill and decode workers have one stage and no expert parallelism"),
         ("attention: {pp: 2, nodes: 2}, ffn: {}", "workers of an engine are on one host; set `nodes: 1` and one host"),
     ],
 )
