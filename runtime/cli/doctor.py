@@ -17,6 +17,7 @@ Level = Literal["ok", "warning", "error"]
 EXTRAS = {
     "serve": ("starlette", "uvicorn", "prometheus-client"),
     "calibration": ("pyarrow",),
+    "kv-events": ("pyzmq",),
     "gpu": ("triton",),
 }
 

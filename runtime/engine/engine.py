@@ -8,6 +8,7 @@ import time
 from typing import Protocol
 
 from sageLLM.runtime.engine.auto_mode import make_chooser
+from sageLLM.runtime.engine.kv_events import KVEventPublisher
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.pipeline import StepPipeline
 from sageLLM.runtime.engine.requests import check_kv_room, stop_rules, validate_params, validate_prompt
@@ -131,6 +132,7 @@ class Engine:
         """The scheduler. Without requests, the step in flight that nobody waits for is completed first."""
         if not self._groups:
             self._pipeline.settle()
+            self._publish()
         return self._whole
 
     @property
@@ -153,8 +155,7 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example to measure without hits."""
         self.scheduler.kv.prefill.reset_prefix_cache()
-        if self._kv_events is not None:
-            self._kv_events.publish()
+        self._publish()
 
     def add(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> None:
         """Checks and queues a request. Raises RequestError, and changes nothing, for one that cannot be served."""
@@ -266,9 +267,13 @@ class Engine:
     def _advance(self) -> list[Sequence]:
         changed = self._pipeline.advance()
         self.num_steps += 1
+        self._publish()
+        return changed
+
+    def _publish(self) -> None:
+        """Sends the changes of the prefix cache, if somebody has asked for them."""
         if self._kv_events is not None:
             self._kv_events.publish()
-        return changed
 
     def step(self, *, only_finished: bool = False) -> list[RequestOutput]:
         """Completes one step; returns the requests with new tokens or an end, in order of arrival.

@@ -1,10 +1,10 @@
 """Publishes the events of the prefix cache over ZeroMQ, in the form of vLLM's KV events.
 
-A message has three frames: the topic, a sequence number (8 bytes, big endian), and a msgpack batch `[time, events, rank]`.
-An event is a map with its `type`: BlockStored, BlockRemoved or AllBlocksCleared. A subscriber that has missed messages
-sends the number of the first one to the replay socket, and receives the batches from there on, and an end marker with
-the number -1. Block hashes are the last 64 bits of the block names (`runtime/kv/hash_chain.py`), which are equal for equal
-prefixes of equal salts.
+A message has three frames: the topic, a sequence number (8 bytes, big endian), and a msgpack batch
+`[time, events, rank]`. An event is a map with its `type`: BlockStored, BlockRemoved or AllBlocksCleared. A subscriber
+that has missed messages sends the number of the first one to the replay socket, and receives the batches from there on,
+and an end marker with the number -1. Block hashes are the last 64 bits of the block names
+(`runtime/kv/hash_chain.py`), which are equal for equal prefixes of equal salts.
 """
 
 import json
@@ -134,7 +134,7 @@ class KVEventPublisher:
         self._replay = None if config.replay_endpoint is None else self._context.socket(zmq.ROUTER)
         try:
             _open(self._pub, config.endpoint)
-            if self._replay is not None:
+            if self._replay is not None and config.replay_endpoint is not None:
                 self._replay.bind(config.replay_endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
@@ -143,7 +143,7 @@ class KVEventPublisher:
         self._thread.start()
 
     def publish(self) -> None:
-        """Sends the events since the last call; drops them if the queue is full, which subscribers see by the numbers."""
+        """Sends the events since the last call; if the queue is full, drops them, and leaves a gap in the numbers."""
         events = self.log.take()
         if not events:
             return

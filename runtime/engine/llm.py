@@ -24,6 +24,7 @@ from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, Embedding
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
+from sageLLM.runtime.engine.kv_events import KVEventPublisher, KVEventsConfig, read_config
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.parallelism import check_pd, choose_parallelism
 from sageLLM.runtime.engine.prompts import (

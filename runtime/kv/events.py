@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A block can be found by its name from now on; `parent` is the block before it, None for the first of a sequence."""
+    """A block can be found by its name from now on; `parent` is the block before it, None for the first."""
 
     name: bytes
     parent: bytes | None

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from sageLLM.runtime.kv.block_pool import BlockPool
 from sageLLM.runtime.kv.copies import Admission, BlockCopy, Fork, KVStats, TierCopy
+from sageLLM.runtime.kv.events import KVEventLog
 from sageLLM.runtime.kv.hash_chain import HashChain
 from sageLLM.runtime.kv.lower_tier import TwoTierPool
-from sageLLM.runtime.kv.events import KVEventLog
 from sageLLM.runtime.kv.prefix_cache import PrefixCache
 from sageLLM.runtime.kv.swap import SwapSpace
 

@@ -143,7 +143,7 @@ class PrefixCache:
             has_duplicates = not pool.label(blocks[index - first], parent)
             if self._log is not None and not has_duplicates:
                 start = index * self._block_size
-                token_ids = sequence.token_ids(start, start + self._block_size)
+                token_ids = sequence.tokens(start, start + self._block_size)
                 self._log.store(parent, before if index else None, token_ids)
 
     def _name_one_after(self, parent: bytes) -> None:

@@ -92,6 +92,7 @@ LAYERS = {
         others=frozenset({"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),
         lazily=frozenset({"opentelemetry"}),
     ),
+    "runtime/engine/kv_events.py": runtime_layer("kv", others="msgspec", lazily="zmq"),
     "runtime/bench": runtime_layer(
         *BELOW_WORKER, "text", "worker", "engine", "sim", "bench", others="torch numpy msgspec"
     ),
