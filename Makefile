@@ -116,9 +116,6 @@ parallel-layouts: $(TEST_READY) ## Compare two ranks, and two pipeline stages, w
 af-matrix: $(TEST_READY) ## Compare attention and FFN workers with one process, and kill FFN workers at random points
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/af_matrix.py --kills 3
 
-planner-cases: $(TEST_READY) ## Compare the planner's choices with exhaustive searches in 30 held cases
-	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/sim/plan_cases.py
-
 two-hosts: $(TEST_READY) ## Run a deployment by its torchrun commands on two hosts, which are network namespaces; as root
 	SAGELLM_TWO_HOSTS=1 $(PYTEST) tests/deploy/test_two_hosts.py
 

@@ -101,6 +101,7 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "decode-block-size": "8",
         "kv-transport": "tcp",
         "kv-load-failure-policy": "fail",
+        "kv-events-config": "{}",
         "plugin": "mine",
         "disable-passes": "a,b",
     }
