@@ -10,6 +10,7 @@ import typer
 
 from sageLLM.runtime.cli.bench_commands import bench_app
 from sageLLM.runtime.cli.deploy_commands import deploy, plan
+from sageLLM.runtime.cli.dynamo_command import dynamo_worker
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
 from sageLLM.runtime.cli.serve_options import with_serve_options
 from sageLLM.runtime.cli.worker_command import worker
@@ -20,6 +21,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(worker)
 app.command()(deploy)
 app.command()(plan)
+app.command()(dynamo_worker)
 
 Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
 Plugins = Annotated[

@@ -109,6 +109,8 @@ LAYERS = {
     "runtime/cli/worker_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/deploy.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
+    "runtime/cli/dynamo_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
+    "runtime/cli/dynamo_worker.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"dynamo"})),
     "runtime/cli/plan.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime/cli/deploy_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/deploy_file.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
@@ -353,7 +355,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
 LOADED = """
 import importlib, pathlib, sys
 import sageLLM
-COMMANDS = ("main.py", "bench_commands.py", "deploy_commands.py", "worker_command.py")
+COMMANDS = ("main.py", "bench_commands.py", "deploy_commands.py", "dynamo_command.py", "worker_command.py")
 root = pathlib.Path(sageLLM.__file__).parent
 for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
     if path.stem != "__main__" and "triton" not in path.parts and path.name not in COMMANDS:
