@@ -17,7 +17,6 @@ import importlib
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -86,8 +85,10 @@ def kill_workers(options: argparse.Namespace) -> int:
             if output.finished:
                 answers[int(output.request_id)] = output.outputs[0]
             while due and seen > due[0]:
+                if not _kill(draw.choice(executors), stop=options.stop):
+                    break  # with the next token
                 due.pop(0)
-                kills += _kill(draw.choice(executors), stop=options.stop)
+                kills += 1
     found = [answers.get(index) for index in range(options.requests)]
     lost = sum(one is None or one.finish_reason == "abort" for one in found)
     pairs = zip(found, expected, strict=True)
@@ -103,12 +104,15 @@ def kill_workers(options: argparse.Namespace) -> int:
     return int(bool(lost or doubled or differ or used))
 
 
-def _kill(executor: Any, *, stop: bool) -> int:
-    """Kills a worker; 0 if it is just being started again."""
+def _kill(executor: Any, *, stop: bool) -> bool:
+    """Kills a worker; false if it is just being started again."""
     if executor.lost is not None or not executor.process_ids:
-        return 0
-    os.kill(executor.process_ids[0], signal.SIGSTOP if stop else signal.SIGKILL)
-    return 1
+        return False
+    try:
+        os.kill(executor.process_ids[0], signal.SIGSTOP if stop else signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def simulate(num_transfers: int, seed: int) -> int:
@@ -171,5 +175,4 @@ def send_frames(num_frames: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    socket.setdefaulttimeout(60.0)
     main()
