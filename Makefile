@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: chaos chaos-transfers cases fuzz-specs launches two-hosts manifests fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+.PHONY: chaos chaos-transfers cases fuzz-specs launches two-hosts manifests fuzz-schemas conformance fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -155,6 +155,10 @@ fuzz-specs: $(TEST_READY) ## Mutate specs, and put hostile texts into them, 50 t
 cases: $(TEST_READY) ## Run all spec cases of tests/codegen/cases by the command; the suite runs a sample
 	SAGELLM_CASES=all $(PYTEST) --timeout=3600 --numprocesses $(JOBS) tests/codegen/test_cases.py
 
+CHECKS ?=
+conformance: $(TEST_READY) ## Run outside clients and suites against a server, each in an environment; CHECKS="litellm ..." selects
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py $(if $(CHECKS),--only $(CHECKS))
+
 fuzz-server: $(TEST_READY) ## Send 200 times as many random requests to the server as the suite
 	SAGELLM_SERVER_SCALE=200 $(PYTEST) --timeout=7200 tests/server/test_fuzz.py
 
@@ -201,7 +205,7 @@ lock: $(TEST_READY) ## Make the lock files anew from constraints.txt, on Linux w
 	$(BIN)/python tests/repo/lock.py
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .venv-lowest .venv-lock .venv-manifests .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	rm -rf .venv .venv-lowest .venv-lock .venv-conformance .venv-manifests .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_READY): pyproject.toml constraints.txt requirements.lock

@@ -10,6 +10,8 @@ from sageLLM.runtime.errors import SamplingParamsError
 from sageLLM.runtime.grammar.json_schema import close_objects, why_not_enforced
 from sageLLM.runtime.sampling.structured_outputs import FIELD, StructuredOutputsParams, parse
 
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+"""The default whitespace between JSON tokens. Without a limit some models produce it up to the end of their context."""
 JSON_OBJECT = '{"type": "object"}'
 
 
@@ -41,9 +43,7 @@ def checked_schema(name: str, schema: Any, params: StructuredOutputsParams) -> s
 def _json_options(params: StructuredOutputsParams) -> Any:
     if params.disable_any_whitespace:
         return {"whitespace_flexible": False}
-    if params.whitespace_pattern is not None:
-        return {"whitespace_pattern": params.whitespace_pattern}
-    return None
+    return {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
 
 
 def _lark(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -27,6 +28,9 @@ async def create(service: Service, exchange: Exchange, body: MessagesBody, ticke
     chat = as_chat(body)
     use = tools_of(service, chat)
     prompt = await prepare(service, chat, ticket, use)
+    # Clients ask for as many tokens as their largest model may answer; the context is the limit.
+    room = service.ready.max_model_len - len(prompt.token_ids)
+    prompt = replace(prompt, params=replace(prompt.params, max_tokens=min(body.max_tokens, room)))
     generation = service.generate(exchange, f"msg_{exchange.request_id}", chat, [prompt], ticket)
     try:
         await Messages(service, exchange, body, generation, use).run()
@@ -143,6 +147,8 @@ class Messages:
             return None
         if self._last.finish_reason == "stop" and self.parser.has_called:
             return "tool_use"
+        if self._last.finish_reason == "length" and self.generation.num_tokens < self.body.max_tokens:
+            return "model_context_window_exceeded"
         return "stop_sequence" if self._stop_sequence() else STOP_REASONS[self._last.finish_reason]
 
     def _usage(self) -> dict[str, int]:

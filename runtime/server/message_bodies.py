@@ -13,7 +13,7 @@ THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
 
 def as_chat(body: MessagesBody) -> ChatBody:
-    """The conversation, the tools and the sampling parameters as a chat. Raises ApiError 400."""
+    """The conversation, the tools and the sampling parameters without max_tokens as a chat. Raises ApiError 400."""
     messages = [] if body.system is None else [{"role": "system", "content": _text(body.system, "system")}]
     for number, message in enumerate(body.messages):
         messages += _messages(message, f"messages[{number}]")
@@ -21,7 +21,6 @@ def as_chat(body: MessagesBody) -> ChatBody:
     return ChatBody(
         messages=messages,
         model=body.model,
-        max_tokens=body.max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,

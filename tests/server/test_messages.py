@@ -57,6 +57,14 @@ def test_an_answer_by_a_schema(client: anthropic.Anthropic) -> None:
     assert json.loads(found.content[0].text).keys() == {"ok"}
 
 
+def test_an_answer_is_limited_by_the_context(client: anthropic.Anthropic) -> None:
+    question = [{"role": "user", "content": "self.text, " * 100}]
+    found = client.messages.create(model=NAME, max_tokens=4000, messages=question)
+    num_prompt = found.usage.input_tokens + (found.usage.cache_read_input_tokens or 0)
+    assert num_prompt + found.usage.output_tokens <= 512
+    assert found.stop_reason in ("end_turn", "model_context_window_exceeded")
+
+
 def test_tokens_are_counted_with_the_system_text(client: anthropic.Anthropic) -> None:
     alone = client.messages.count_tokens(model=NAME, messages=QUESTION).input_tokens
     found = client.messages.count_tokens(model=NAME, messages=QUESTION, system="import os\n").input_tokens
@@ -122,8 +130,8 @@ def test_bodies_that_are_refused(fields: dict[str, Any], message: str) -> None:
 
 
 def test_errors_have_the_form_that_clients_read(client: anthropic.Anthropic, server: TestServer) -> None:
-    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
-        client.messages.create(model=NAME, max_tokens=5000, messages=QUESTION)
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens must be an integer from 1"):
+        client.messages.create(model=NAME, max_tokens=0, messages=QUESTION)
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         client.messages.create(model="other", max_tokens=5, messages=QUESTION)
     body = server.post("/v1/messages", {"messages": QUESTION}).json()

@@ -1,0 +1,157 @@
+"""Outside clients and suites against a server of the bundled model, each in a separate virtual environment.
+
+    python tests/conformance/run.py [--only NAME ...] [--environments .venv-conformance]
+
+installs what is missing, starts `sagellm serve` on a free port of 127.0.0.1, runs the checks and prints their results.
+The checkpoint is the bundled one with further end-of-sequence tokens, so that answers of a model without instruction
+tuning end. Exit code 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+MODEL = ROOT / "examples" / "tiny_python_model"
+SECONDS = 600
+NUM_TRIES = 3
+"""The answers of the model are random, and one may reach its limit of tokens; a fault of the server fails each time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The packages of an environment, and a command in it: `{url}` and `{model}` are replaced.
+
+    `expected` are the failures of a suite that are accepted, with the reason.
+    """
+
+    packages: tuple[str, ...]
+    command: tuple[str, ...]
+    expected: dict[str, str] | None = None
+
+
+IMAGES = "only texts are served"
+MODEL_IS_OPTIONAL = "a body without a model is served, as by vLLM"
+
+
+def comply(kind: str, **expected: str) -> Check:
+    arguments = ("llm-comply", "-u", "{url}/v1", "-k", "none", "-m", "tiny", "--format", kind, "--timeout", "120")
+    return Check(("llm-comply==0.5.0",), arguments, {name.replace("_", " "): why for name, why in expected.items()})
+
+
+def script(name: str, *packages: str, arguments: tuple[str, ...] = ("{url}",)) -> Check:
+    return Check(packages, ("python", str(HERE / name), *arguments))
+
+
+CHECKS = {
+    "llm-comply-chat": comply("openai-chat", Image_Input=IMAGES, Error_Handling=MODEL_IS_OPTIONAL),
+    "llm-comply-responses": comply("open-responses", Image_Input=IMAGES, Error_Handling=MODEL_IS_OPTIONAL),
+    "llm-comply-messages": comply("anthropic", Image_Input=IMAGES),
+    "litellm": script("with_litellm.py", "litellm==1.110.2"),
+    "instructor": script("with_instructor.py", "instructor==1.17.0"),
+    "openai-agents": script("with_openai_agents.py", "openai-agents==0.24.0"),
+    "pydantic-ai": script("with_pydantic_ai.py", "pydantic-ai-slim[openai]==2.68.0"),
+    "lm-eval": script(
+        "with_lm_eval.py", "torch==2.13.0", "lm-eval[api,hf]==0.4.13", "transformers", arguments=("{url}", "{model}")
+    ),
+}
+
+
+def environment(folder: Path, packages: tuple[str, ...]) -> Path:
+    """The folder of the programs of an environment with the packages."""
+    mark = folder / "packages.json"
+    if not mark.exists() or json.loads(mark.read_text()) != list(packages):
+        print(f"installing {', '.join(packages)} in {folder}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        for package in packages:  # torch first, so that its CPU build is kept
+            command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", package]
+            subprocess.run(command, check=True)
+        mark.write_text(json.dumps(packages))
+    return folder / "bin"
+
+
+def write_checkpoint(folder: Path) -> None:
+    """The bundled checkpoint; tokens with brackets or an equals sign end an answer."""
+    shutil.copytree(MODEL, folder)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = {token: tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.get_vocab_size())}
+    ends = [0, *(token for token, text in texts.items() if set(text) & set("()="))]
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": ends, "temperature": 1.0}))
+
+
+@contextmanager
+def server(model: Path) -> Iterator[str]:
+    """The URL of a server of the model."""
+    command = [sys.executable, "-m", "sageLLM.runtime.cli.entry", "serve", str(model), "--served-model-name", "tiny"]
+    command += ["--dtype", "float32", "--port", "0", "--tool-call-parser", "hermes", "--log-level", "warning"]
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        url = next(found[1] for line in process.stdout if (found := re.search(r"(http://[\d.:]+)/v1", line)))
+        deadline = time.monotonic() + 60
+        while urllib.request.urlopen(f"{url}/livez").status != 200 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()
+
+
+def run(name: str, check: Check, programs: Path, url: str, model: Path) -> str | None:
+    """Runs a check; returns the reason of its failure."""
+    command = [one.format(url=url, model=model) for one in check.command]
+    done = subprocess.run([programs / command[0], *command[1:]], capture_output=True, text=True, timeout=SECONDS)
+    (lines := done.stdout.splitlines()) or lines.append("")
+    if check.expected is None:
+        return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    failed = [found[1] for line in lines if (found := re.match(r"\s*❌ (.*?) \(", line))]
+    passed = sum("✅" in line for line in lines)
+    if unexpected := [one for one in failed if one not in check.expected]:
+        return f"failed: {', '.join(unexpected)}"
+    for one in failed:
+        print(f"    {one}: {check.expected[one]}")
+    return None if passed else "no test has passed"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=list(CHECKS))
+    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-conformance")
+    options = parser.parse_args(arguments)
+    num_failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name, "model")
+        write_checkpoint(model)
+        with server(model) as url:
+            for name in options.only:
+                check = CHECKS[name]
+                folder = "llm-comply" if name.startswith("llm-comply") else name
+                programs = environment(options.environments / folder, check.packages)
+                for _ in range(NUM_TRIES):
+                    if (reason := run(name, check, programs, url, MODEL)) is None:
+                        break
+                num_failed += reason is not None
+                print(f"{name}: {'passed' if reason is None else reason}", flush=True)
+    return int(num_failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
