@@ -103,6 +103,7 @@ class Messages:
             function = call.get("function", {})
             if "id" in call:
                 block = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
+                block["caller"] = {"type": "direct"}
                 yield from self._begin("tool_use", block)
             if arguments := function.get("arguments"):
                 self._arguments.append(arguments)
@@ -111,8 +112,8 @@ class Messages:
     def _extend(self, kind: Kind, name: str, text: str) -> Iterator[bytes]:
         """Adds text to a block of the kind."""
         if self._kind != kind:
-            signature = {"signature": ""} if kind == "thinking" else {}
-            yield from self._begin(kind, {"type": kind, name: "", **signature})
+            extra = {"signature": ""} if kind == "thinking" else {"citations": None}
+            yield from self._begin(kind, {"type": kind, name: "", **extra})
         self.blocks[-1][name] += text
         yield self._delta(type=f"{name}_delta", **{name: text})
 
@@ -151,7 +152,7 @@ class Messages:
             return "model_context_window_exceeded"
         return "stop_sequence" if self._stop_sequence() else STOP_REASONS[self._last.finish_reason]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """Anthropic counts cached tokens separately from the other tokens of the prompt."""
         num_cached = self.generation.num_cached_tokens
         return {
@@ -159,6 +160,8 @@ class Messages:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": num_cached,
             "output_tokens": self.generation.num_tokens,
+            "service_tier": "standard",
+            **dict.fromkeys(("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use")),
         }
 
     def _message(self) -> dict[str, Any]:
@@ -170,6 +173,8 @@ class Messages:
             "content": self.blocks,
             "stop_reason": self._stop_reason(),
             "stop_sequence": self._stop_sequence(),
+            "stop_details": None,
+            "container": None,
             "usage": self._usage(),
         }
 
