@@ -140,7 +140,7 @@ class Responses:
             "temperature": params.temperature,
             "text": {"format": text_format(self.body)},
             "tool_choice": self.body.tool_choice or self.use.choice,
-            "tools": self.body.tools or [],
+            "tools": [{"strict": None, **tool} for tool in self.body.tools or []],
             "top_logprobs": 0,
             "top_p": params.top_p,
             "presence_penalty": params.presence_penalty,

@@ -31,7 +31,7 @@ async def main() -> None:
     set_tracing_disabled(True)
     client = AsyncOpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0)
     for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
-        settings = ModelSettings(tool_choice="required", max_tokens=300)
+        settings = ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=300)
         agent = Agent(
             "tiny", instructions="import os", tools=[decide], model=kind("tiny", client), model_settings=settings
         )
