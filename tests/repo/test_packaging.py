@@ -175,7 +175,7 @@ def test_scaffolds_of_the_wheel_generate_and_run(wheel_python: Path, tmp_path: P
     site = next(wheel_python.parents[1].rglob("site-packages/sageLLM"))
 
     def installed() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in site.rglob("*") if "__pycache__" not in path.parts}
+        return {path: path.stat().st_mtime_ns for path in site.rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
     before = installed()
     done = [sagellm("new", kind, f"demo_{kind}") for kind in ("op", "model", "pass", "dialect")]
