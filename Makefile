@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: chaos chaos-transfers cases fuzz-specs launches two-hosts manifests fuzz-schemas conformance fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+.PHONY: planner-cases dynamo chaos chaos-transfers cases fuzz-specs launches two-hosts manifests fuzz-schemas conformance fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -115,6 +115,12 @@ parallel-layouts: $(TEST_READY) ## Compare two ranks, and two pipeline stages, w
 
 af-matrix: $(TEST_READY) ## Compare attention and FFN workers with one process, and kill FFN workers at random points
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/af_matrix.py --kills 3
+
+planner-cases: $(TEST_READY) ## Compare the planner's choices with exhaustive searches in 30 held cases; takes about an hour
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/sim/plan_cases.py
+
+dynamo: need-DYNAMO_PYTHON $(TEST_READY) ## Run a worker with the frontend of NVIDIA Dynamo, by DYNAMO_PYTHON, a Python with ai-dynamo and this package's dependencies
+	SAGELLM_DYNAMO_PYTHON="$(DYNAMO_PYTHON)" $(PYTEST) tests/deploy/test_dynamo.py
 
 two-hosts: $(TEST_READY) ## Run a deployment by its torchrun commands on two hosts, which are network namespaces; as root
 	SAGELLM_TWO_HOSTS=1 $(PYTEST) tests/deploy/test_two_hosts.py
