@@ -22,7 +22,8 @@ def llm() -> LLM:
 
 
 def size(llm: LLM, config: PDSchedulerConfig, num_blocks: int | None = None) -> KVCacheSize:
-    return choose_kv_cache_size(llm.model, config, 16, num_blocks)
+    num_pools = 2 if config.mode == "strict" else 1
+    return choose_kv_cache_size(llm.model, config, 16, num_blocks, num_pools)
 
 
 def test_a_full_batch_of_the_longest_sequences(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ class Crash(FuseNorm):
 def crash_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     base = load_registry()
-    registry = Registry(base.packages, base.ops, base.models, {**PASSES, "fuse_norm": Crash})
+    registry = Registry(base.packages, base.ops, base.models, {**PASSES, "fuse_norm": Crash}, base.methods)
     layout = MODELS["llama"]
     compiler = ModelCompiler(layout, layout.read_config(HFConfig(layout.tiny)), registry, dtype="f32")
     with pytest.raises(RuntimeError, match="out of") as caught:

@@ -42,7 +42,7 @@ def linked(ops: Ops) -> Specs:
     sink.raise_if_any()
     found = link_ops(raw, sink)
     sink.raise_if_any()
-    return Specs(raw, found, {}, {}, base().hardware)
+    return Specs(raw, found, {}, {}, base().hardware, {}, {})
 
 
 def emitted(specs: Specs) -> list[Output]:

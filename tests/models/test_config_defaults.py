@@ -27,6 +27,7 @@ MODEL_TYPES = {
 }
 MODEL_TYPES["MPTForCausalLM"] = "mpt"  # the names of the classes in the checkpoints' own code
 MODEL_TYPES["PhiMoEForCausalLM"] = "phimoe"
+MODEL_TYPES["ExaoneMoEForCausalLM"] = "exaone_moe"
 MODEL_TYPES["KimiK25ForConditionalGeneration"] = "kimi_k25"
 ARCHITECTURES = [(layout, name) for layout in MODELS for name in MODELS[layout].architectures]
 REQUIRED = {
