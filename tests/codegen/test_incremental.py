@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from few_models import keep_models
 
 from sageLLM.codegen import driver, update
 from sageLLM.codegen.diagnostics import SpecErrors
@@ -35,6 +36,7 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.specs, self.out = folder / "specs", folder / "generated"
         shutil.copytree(driver.BASE_SPECS, self.specs)
+        keep_models(self.specs)
 
     def generate(self) -> None:
         generate([self.specs], self.out, driver.BASE_OUT)
@@ -397,8 +399,9 @@ def test_a_template_reaches_the_files_that_it_makes(generated: Workspace, tmp_pa
     """In a copy of the package, for which the state of the tree holds as well."""
     shutil.copytree(generated.out, tmp_path / "out")
     package = tmp_path / "sageLLM"
-    for name in ("codegen", "templates", "specs"):
+    for name in ("codegen", "templates"):
         shutil.copytree(driver.PACKAGE / name, package / name)
+    shutil.copytree(generated.specs, package / "specs")
     shutil.copy(driver.PACKAGE / "__init__.py", package) if (driver.PACKAGE / "__init__.py").is_file() else (
         package / "__init__.py"
     ).touch()

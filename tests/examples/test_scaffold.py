@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from few_models import keep_models
 from typer.testing import CliRunner
 
 from sageLLM.codegen import driver
@@ -18,17 +19,18 @@ from sageLLM.runtime.cli.main import app
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the package, to which commands of `sagellm` add entries."""
+    """A copy of the package with a few models, to which commands of `sagellm` add entries."""
     package = tmp_path / "sageLLM"
     for name in ("codegen", "generated", "templates", "specs", "runtime"):
         shutil.copytree(driver.PACKAGE / name, package / name)
     for name in ("pyproject.toml", "_dev/sageLLM/__init__.py"):
         shutil.copy(driver.PACKAGE / name, package)
+    keep_models(package / "specs")
     return package
 
 
 def test_scaffolds_of_a_checkout_generate(checkout: Path, tmp_path: Path) -> None:
-    """With the counts of all passes in all models."""
+    """With the counts of all passes in these models."""
     env = os.environ | {"PYTHONPATH": str(tmp_path), "SAGELLM_CACHE_DIR": str(tmp_path / "cache")}
 
     def sagellm(*arguments: str) -> list[str]:
