@@ -25,6 +25,7 @@ from sageLLM.runtime.grammar.constraint import GrammarConstraint
 from sageLLM.runtime.grammar.masks import MaskFiller
 from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 
+FILLER = MaskFiller()
 END = "<|end|>"
 LETTERS = 'etaoinshrdlucmfwypvbgkjqxzETAOIN0123456789_-."{}[]:,/ '
 PERSON = {
@@ -72,10 +73,10 @@ def write_tokenizer(folder: Path, num_tokens: int) -> None:
 def mask_seconds(compiler: GrammarCompiler, params: StructuredOutputsParams, eos: int, seed: int) -> Iterator[float]:
     """The seconds of each mask of one random answer."""
     rng, ids = np.random.default_rng(seed), list[int]()
-    constraint, filler = GrammarConstraint(compiler, params, [eos], ids), MaskFiller()
+    constraint = GrammarConstraint(compiler, params, [eos], ids)
     while len(ids) < 200:
         start = time.perf_counter()
-        filler.fill([constraint])
+        FILLER.fill([constraint])
         yield time.perf_counter() - start
         ids.append(int(rng.choice(np.flatnonzero(constraint.bias().numpy() == 0.0))))
         if ids[-1] == eos:
