@@ -152,10 +152,14 @@ def serve(
             port.handle(command)
 
 
+_NO_MEMORY = ("allocate memory", "cannot allocate ", "bad_alloc")
+"""Texts of the errors that torch, the C++ kernels and the C++ library raise in place of a MemoryError."""
+
+
 def reason_of_failure(error: Exception) -> str:
     """The reason in the engine's message about a worker that has failed."""
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "allocate memory" in text:  # torch raises a RuntimeError
+    if isinstance(error, MemoryError) or any(cause in text for cause in _NO_MEMORY):
         return f"out of memory; lower max_num_batched_tokens or num_kv_blocks, or use more ranks ({text})"
     return text
 
