@@ -26,7 +26,8 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: planner-cases dynamo chaos chaos-transfers cases fuzz-specs launches two-hosts manifests fuzz-schemas conformance fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+# Every target with a comment is a command, and not a file.
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -143,7 +144,6 @@ chaos-transfers: $(TEST_READY) ## Simulate TRANSFERS (a million) of KV with loss
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --simulated $(TRANSFERS)
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --frames 100000
 
-.PHONY: fuzz-gguf
 fuzz-gguf: $(TEST_READY) ## Read 10^4 GGUF files with mutated headers, 40 times as many as the suite
 	SAGELLM_GGUF_SCALE=40 $(PYTEST) --timeout=3600 tests/formats/test_gguf.py -k mutated
 

@@ -14,6 +14,7 @@ def test_the_slow_files_exist() -> None:
 
 
 def test_every_target_has_a_help_text() -> None:
-    phony = " ".join(re.findall(r"^\.PHONY: (.*)$", TEXT, re.MULTILINE))
+    """Those without one would also be missing from `.PHONY`, which is derived from the help texts."""
+    targets = re.findall(r"^([a-z-]+):(?!=).*$", TEXT, re.MULTILINE)
     described = re.findall(r"^([a-z-]+):.*## \S", TEXT, re.MULTILINE)
-    assert sorted(phony.split()) == sorted(described)
+    assert targets == described
