@@ -1,21 +1,20 @@
 """Engine options of the commands that run a model: names, defaults and help, shared by `run`, `embed` and `bench`.
 
 To add an option of `LLM`, add a field to `EngineOptions`; every command that takes the engine options then has it.
-`main.py` imports this module before it knows which command runs, so nothing heavy is imported at the top; Typer is
-imported by the decorator, since the dataclass is also of use without a command line.
+Nothing heavy is imported at the top, as in `options.py`.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from sageLLM.runtime.cli.options import Command, Option, as_command, keyword, parameters_of
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.llm import LLM
     from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
-
-Command = Callable[..., None]
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -27,14 +26,6 @@ def parse_count(text: str) -> int:
         return round(float(digits) * scale) if scale > 1 else int(digits)
     except (ValueError, OverflowError):
         raise ValueError(f"expected a number such as 4096, 32k or 32K, got {text!r}") from None
-
-
-class Option(NamedTuple):
-    """Help of an option, its flag if the name of the field is not it, and the parser of a text."""
-
-    help: str
-    flag: str | None = None
-    parser: Callable[[str], int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,52 +176,13 @@ def with_engine_options(*names: str) -> Callable[[Command], Command]:
     """Replaces the parameter `engine: EngineOptions` of a Typer command by an option for each field, or for `names`."""
 
     def decorate(command: Command) -> Command:
-        chosen = [option for option in fields(EngineOptions) if not names or option.name in names]
-        hints = get_type_hints(EngineOptions, include_extras=True)
-        options = [parameter_of(option, hints[option.name]) for option in chosen]
+        options = parameters_of(EngineOptions, names, panel="Engine")
         own = [one for one in inspect.signature(command).parameters.values() if one.name != "engine"]
-        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in [*own, *options]]
 
         def run(**values: Any) -> None:
-            engine = EngineOptions(**{option.name: values.pop(option.name) for option in chosen})
+            engine = EngineOptions(**{option.name: values.pop(option.name) for option in options})
             command(**values, engine=engine)
 
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return run
+        return as_command(run, command, [*(keyword(one.name, one.annotation, one.default) for one in own), *options])
 
     return decorate
-
-
-def parameter_of(field: "Field[Any]", hint: Any, environment: str | None = None) -> inspect.Parameter:
-    """The parameter of a Typer command for a field; with a prefix `environment`, a variable is read too."""
-    import typer
-
-    option = hint.__metadata__[0]
-    flags = () if option.flag is None else (option.flag,)
-    parser = option.parser and _reporting(option.parser)
-    variable = None if environment is None else environment + field.name.upper()
-    default = typer.Option(
-        field.default,
-        *flags,
-        help=option.help,
-        parser=parser,
-        rich_help_panel="Engine",
-        envvar=variable,
-        show_envvar=False,
-    )
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint.__origin__)
-
-
-def _reporting(parse: Callable[[str], int]) -> Callable[[Any], int]:
-    """The parser, with its message as that of the usage error; Typer also passes it the default, an integer."""
-    import typer
-
-    def parse_or_report(value: Any) -> int:
-        try:
-            return value if isinstance(value, int) else parse(value)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return parse_or_report

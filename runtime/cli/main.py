@@ -12,7 +12,9 @@ from sageLLM.runtime.cli.bench_commands import bench_app
 from sageLLM.runtime.cli.deploy_commands import deploy, plan
 from sageLLM.runtime.cli.dynamo_command import dynamo_worker
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
+from sageLLM.runtime.cli.options import with_request
 from sageLLM.runtime.cli.serve_options import with_serve_options
+from sageLLM.runtime.cli.simulate_request import SimulateRequest
 from sageLLM.runtime.cli.worker_command import worker
 from sageLLM.runtime.server.settings import ServerSettings
 
@@ -274,141 +276,12 @@ def quantize(
 
 
 @app.command()
-def simulate(
-    trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Skip invalid rows of the trace, and print their number.")
-    ] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Compare with the times that a serving timeline records.")
-    ] = False,
-    deploy: Annotated[
-        str | None,
-        typer.Option(help="A deployment of specs/deploy, or a .yaml file: its workers, limits and objective."),
-    ] = None,
-    mode: Annotated[
-        list[str] | None,
-        typer.Option(help="strict, prefill_first, time_share, hybrid, vllm or auto; can be repeated (default: all)."),
-    ] = None,
-    model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
-    hardware: Annotated[
-        str | None,
-        typer.Option(help="A device of specs/hardware, or a .yaml file (default: h100; with --profile none)."),
-    ] = None,
-    profile: Annotated[Path | None, typer.Option(help="Measured latencies to use instead of the roofline.")] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Devices per worker (tensor parallelism).")] = 1,
-    prefill_tp: Annotated[
-        int | None, typer.Option(min=1, help="Devices per prefill worker of strict mode (default: --tp).")
-    ] = None,
-    decode_tp: Annotated[
-        int | None, typer.Option(min=1, help="Devices per decode worker of strict mode (default: --tp).")
-    ] = None,
-    pp: Annotated[int, typer.Option(min=1, help="Stages per worker, each of --tp devices (pipeline parallelism).")] = 1,
-    ep: Annotated[
-        int, typer.Option(min=1, help="Workers that share the experts of every layer and step together.")
-    ] = 1,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests per second of a Poisson process (default: the trace's times).")
-    ] = None,
-    num_requests: Annotated[int | None, typer.Option(min=1, help="Number of requests, from the first one.")] = None,
-    prompt: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of prompt lengths.")] = (
-        1020,
-        2734,
-    ),
-    output: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of answer lengths.")] = (
-        129,
-        424,
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of arrivals and lengths.")] = 0,
-    slo_ttft: Annotated[float, typer.Option(help="Objective for the time to first token, in seconds.")] = 1.0,
-    slo_tpot: Annotated[
-        float, typer.Option(help="Objective for the time per output token after it, in seconds.")
-    ] = 0.1,
-    prefill_workers: Annotated[int, typer.Option(min=1, help="Prefill workers of strict mode.")] = 1,
-    decode_workers: Annotated[
-        int, typer.Option(min=0, help="Decode workers of strict mode; the other modes use the total.")
-    ] = 1,
-    chunk_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt tokens per hybrid step (default: 512); one row for each.")
-    ] = None,
-    max_prefill_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens per prefill step, and per step of vllm.")
-    ] = 4096,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests per step.")] = 256,
-    max_consecutive_decodes: Annotated[
-        int, typer.Option(min=0, help="Decode steps of time_share before a waiting prefill.")
-    ] = 4,
-    max_decode_context: Annotated[
-        int | None, typer.Option(min=1, help="Sum of the context lengths in a decode step (default: unbounded).")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest prompt and answer together (default: unbounded).")
-    ] = None,
-    long_prefill_threshold: Annotated[
-        int, typer.Option(min=0, help="vllm: prompt tokens of one request per step (0: no limit).")
-    ] = 0,
-    full_sequence_gate: Annotated[
-        bool, typer.Option(help="vllm: admit a request only if KV blocks are free for all its tokens so far.")
-    ] = True,
-    prefix_caching: Annotated[
-        bool, typer.Option(help="Reuse KV of equal prefixes, which include those of preempted requests.")
-    ] = True,
-    fusion: Annotated[
-        bool, typer.Option(help="Kernels of the engine, with epilogues; without it every op is a kernel.")
-    ] = True,
-    step_overhead_us: Annotated[
-        float, typer.Option(min=0, help="Microseconds per step for which the device waits for the scheduler.")
-    ] = 0.0,
-    request_overhead_us: Annotated[float, typer.Option(min=0, help="The same for each request of the step.")] = 0.0,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
-    num_blocks: Annotated[
-        int | None, typer.Option(min=1, help="KV blocks per worker (default: all that fit the device).")
-    ] = None,
-    json: Json = False,
-) -> None:
+@with_request(SimulateRequest)
+def simulate(request: SimulateRequest) -> None:
     """Simulate a trace of requests in the scheduler's modes and compare them; requires no device and no weights."""
     from sageLLM.runtime.cli.simulate import run_simulation
-    from sageLLM.runtime.cli.simulate_request import SimulateRequest
-    from sageLLM.runtime.sim.metrics import Slo
 
-    request = SimulateRequest(
-        trace=trace,
-        skips_bad_rows=skip_bad_rows,
-        compares=compare,
-        modes=mode or [],
-        model=model,
-        hardware=hardware,
-        profile=profile,
-        tensor_parallel_size=tp,
-        prefill_tp=prefill_tp,
-        decode_tp=decode_tp,
-        pipeline_depth=pp,
-        expert_parallel_size=ep,
-        rate=rate,
-        num_requests=num_requests,
-        prompt=prompt,
-        output=output,
-        seed=seed,
-        slo=Slo(slo_ttft, slo_tpot),
-        num_prefill=prefill_workers,
-        num_decode=decode_workers,
-        chunk_sizes=chunk_size or [512],
-        max_prefill_tokens=max_prefill_tokens,
-        max_batch_size=max_batch_size,
-        max_consecutive_decodes=max_consecutive_decodes,
-        max_decode_context=max_decode_context,
-        max_model_len=max_model_len,
-        long_prefill_threshold=long_prefill_threshold,
-        full_sequence_gate=full_sequence_gate,
-        prefix_caching=prefix_caching,
-        is_fused=fusion,
-        step_overhead_us=step_overhead_us,
-        request_overhead_us=request_overhead_us,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        as_json=json,
-    )
-    raise typer.Exit(run_simulation(request, deploy))
+    raise typer.Exit(run_simulation(request))
 
 
 @app.command()

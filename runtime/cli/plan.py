@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sageLLM.runtime.cli.hardware_entry import find_hardware
+from sageLLM.runtime.cli.plan_request import PlanRequest
 from sageLLM.runtime.cli.plan_workers import ModelWorkers
 from sageLLM.runtime.cli.simulate_setup import layout_and_config
 from sageLLM.runtime.cli.trace_options import requested_trace
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
-from sageLLM.runtime.sim.metrics import Slo
 from sageLLM.runtime.sim.plan_candidates import Choice, Space
 from sageLLM.runtime.sim.planner import FORMS, Capacity, Form, Search
 from sageLLM.runtime.sim.trace import TraceRequest
@@ -25,30 +25,6 @@ MIN_GAIN = 0.02
 """The relative gain from which a form counts as better than another."""
 MAX_REQUESTS = 256
 """Requests per step, the default of `sagellm serve`."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """The arguments of `sagellm plan`; those of the trace are as in `sagellm simulate`."""
-
-    model: str
-    hardware: str | None
-    num_devices: int
-    slo: Slo
-    attainment: float
-    trace: Path | None
-    skips_bad_rows: bool
-    rate: float | None
-    num_requests: int | None
-    prompt: tuple[float, float]
-    output: tuple[float, float]
-    seed: int
-    forms: Sequence[str]
-    max_pp: int
-    name: str
-    out: Path | None
-    is_exhaustive: bool
-    as_json: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,31 +1,28 @@
 """Options of `sagellm serve`: those of the server and of the engine, from the command line, the environment or a file.
 
 The command line has precedence over the environment (`SAGELLM_PORT` for `--port`), and that over the file of
-`--config`. Typer is imported by the functions, as in `engine_options.py`.
+`--config`. Typer is imported by the functions, as in `options.py`.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sageLLM.runtime.cli.engine_options import EngineOptions, parameter_of
+from sageLLM.runtime.cli.engine_options import EngineOptions
+from sageLLM.runtime.cli.options import Command, as_command, keyword, parameters_of
 from sageLLM.runtime.server.settings import ServerSettings
 
 PREFIX = "SAGELLM_"
-Command = Callable[..., None]
 
 
 def with_serve_options(command: Command) -> Command:
     """A Typer command with all options, for `command(settings=..., engine=...)`."""
     import typer
 
-    engine_hints = get_type_hints(EngineOptions, include_extras=True)
-    engine = [parameter_of(one, engine_hints[one.name], PREFIX) for one in fields(EngineOptions)]
+    engine = parameters_of(EngineOptions, panel="Engine", environment=PREFIX)
     hints = get_type_hints(ServerSettings, include_extras=True)
     own = [one for one in fields(ServerSettings) if one.name != "model"]
     model = typer.Argument(help="A Hugging Face checkpoint folder.", envvar=f"{PREFIX}MODEL")
@@ -33,9 +30,9 @@ def with_serve_options(command: Command) -> Command:
         None, "--config", help="A YAML file with options by name.", is_eager=True, callback=read_config
     )
     parameters = [
-        _keyword("model", Path, model),
-        *(_keyword(one.name, _plain(hints[one.name]), _option(one, hints[one.name])) for one in own),
-        _keyword("config", Path | None, config),
+        keyword("model", Path, model),
+        *(keyword(one.name, _plain(hints[one.name]), _option(one, hints[one.name])) for one in own),
+        keyword("config", Path | None, config),
         *engine,
     ]
 
@@ -46,14 +43,7 @@ def with_serve_options(command: Command) -> Command:
         given = {name: _listed(name, value) for name, value in values.items() if value is not None}
         command(settings=ServerSettings(model=model, **given), engine=options)
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return run
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return as_command(run, command, parameters)
 
 
 def _plain(hint: Any) -> Any:

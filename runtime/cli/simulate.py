@@ -18,11 +18,11 @@ from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import BadRowError, TraceRequest
 
 
-def run_simulation(request: SimulateRequest, deployment: str | None = None) -> int:
+def run_simulation(request: SimulateRequest) -> int:
     """Prints a table, or JSON, to stdout; an error goes to stderr, with exit code 1."""
     try:
-        if deployment is not None:
-            request = of_deployment(request, deployment)
+        if request.deploy is not None:
+            request = of_deployment(request, request.deploy)
         modes = _modes(request)
         measured = _measured(request)
         trace = requested_trace(request)

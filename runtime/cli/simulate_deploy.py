@@ -6,7 +6,6 @@ from dataclasses import replace
 from sageLLM.runtime.cli.deploy_file import find_placement
 from sageLLM.runtime.cli.simulate_request import DEFAULT_MODEL, SimulateRequest
 from sageLLM.runtime.deploy.placement import Placement
-from sageLLM.runtime.sim.metrics import Slo
 
 
 def of_deployment(request: SimulateRequest, name: str) -> SimulateRequest:
@@ -21,8 +20,8 @@ def of_deployment(request: SimulateRequest, name: str) -> SimulateRequest:
     if not request.modes:
         changed["modes"] = [placement.mode or ("strict" if placement.is_disaggregated else "hybrid")]
     hardware = request.hardware or placement.hardware
-    slo = Slo(placement.ttft_s, placement.tpot_s)
-    return replace(request, hardware=hardware, slo=slo, **changed)  # type: ignore[arg-type]
+    changed |= {"slo_ttft": placement.ttft_s, "slo_tpot": placement.tpot_s}
+    return replace(request, hardware=hardware, **changed)  # type: ignore[arg-type]
 
 
 def _workers(placement: Placement) -> dict[str, object]:

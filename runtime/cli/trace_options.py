@@ -2,30 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Protocol
 
+from sageLLM.runtime.cli.simulate_request import TraceOptions
 from sageLLM.runtime.sim.trace import Lengths, SkippedRows, TraceRequest, at_rate, read_trace, synthetic
 
 MAX_SEQ_LEN = 2**20
-
-
-class TraceOptions(Protocol):
-    """Arguments that select or generate a trace."""
-
-    @property
-    def trace(self) -> Path | None: ...
-    @property
-    def skips_bad_rows(self) -> bool: ...
-    @property
-    def rate(self) -> float | None: ...
-    @property
-    def num_requests(self) -> int | None: ...
-    @property
-    def prompt(self) -> tuple[float, float]: ...
-    @property
-    def output(self) -> tuple[float, float]: ...
-    @property
-    def seed(self) -> int: ...
 
 
 def requested_trace(request: TraceOptions) -> list[TraceRequest]:

@@ -107,7 +107,7 @@ LAYERS = {
     "runtime/cli/serve_options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer", "yaml"})),
     "runtime/cli/bench_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/worker_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
-    "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
+    "runtime/cli/options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer"})),
     "runtime/cli/deploy.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/dynamo_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/dynamo_worker.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"dynamo"})),

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sageLLM.runtime.cli.plan import PlanRequest, search_space
-from sageLLM.runtime.sim.metrics import Slo
+from sageLLM.runtime.cli.plan import search_space
+from sageLLM.runtime.cli.plan_request import PlanRequest
 from sageLLM.runtime.sim.planner import Search
 from sageLLM.runtime.sim.trace import Lengths, TraceRequest, synthetic
 
@@ -69,21 +69,13 @@ def make_case(number: int, folder: Path, num_requests: int = NUM_REQUESTS, num_d
         model=str(folder / f"{model}.json"),
         hardware=hardware,
         num_devices=devices,
-        slo=Slo(ttft, tpot),
-        attainment=0.9,
-        trace=None,
-        skips_bad_rows=False,
+        slo_ttft=ttft,
+        slo_tpot=tpot,
         rate=10.0,
         num_requests=num_requests,
         prompt=prompt,
         output=output,
         seed=number,
-        forms=[],
-        max_pp=1,
-        name="it",
-        out=None,
-        is_exhaustive=False,
-        as_json=False,
     )
     return Case(f"{model} on {devices} {hardware}, {kind}, {ttft} s, {tpot} s", request, trace)
 
