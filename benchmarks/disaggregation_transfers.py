@@ -15,6 +15,7 @@ import torch
 from sageLLM.runtime.transport.base import KVTransport, Place, Report
 from sageLLM.runtime.transport.handle import End, Handle, sign
 from sageLLM.runtime.transport.memory import MemoryTransport
+from sageLLM.runtime.transport.rows import best_digest
 from sageLLM.runtime.transport.shards import PoolShape, PoolShard, map_pool, memory_bytes, part_of
 from sageLLM.runtime.transport.tcp import TcpTransport
 
@@ -101,7 +102,7 @@ def _ends(pools: Sequence[PoolShard], files: Sequence[int], is_tcp: bool) -> lis
 
     ends: list[KVTransport] = []
     for worker, pool in enumerate(pools):
-        place = Place(worker, 0, 0, parts, KEY)
+        place = Place(worker, 0, 0, parts, KEY, best_digest())
         ends.append(TcpTransport(place) if is_tcp else MemoryTransport(place, open_pool))
         ends[-1].register(pool)
     return ends

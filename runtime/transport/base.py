@@ -8,22 +8,20 @@ admits nothing to decode. Every handle that was pushed or checked gets exactly o
 from __future__ import annotations
 
 import time
-import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
-import torch
-from torch import Tensor
 
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
 from sageLLM.runtime.transport.jobs import BACKGROUND, JobThread
-from sageLLM.runtime.transport.shards import Part, PoolShard, Route, Span, routes_between
+from sageLLM.runtime.transport.rows import DigestName, make_copier
+from sageLLM.runtime.transport.shards import Part, PoolShard, Route, routes_between
 
 ALIVE_SECONDS = 0.5
 """The interval between two reports that renew the lease of a long piece."""
@@ -36,7 +34,7 @@ ReportKind = Literal["pushed", "received", "failed", "stopped", "alive"]
 class Report(msgspec.Struct, frozen=True, tag="report"):
     """Progress of one rank with a piece.
 
-    - `pushed`: this rank's part has been written; `digests` maps ranks of the target to the CRC-32 of their parts.
+    - `pushed`: this rank's part has been written; `digests` maps ranks of the target to those of their parts.
     - `received`: the target's pool agrees with the digests of all source ranks.
     - `failed`: this rank has stopped, for the `reason`.
     - `stopped`: the answer to `cancel`; this rank does not read or write for the piece any more.
@@ -81,13 +79,17 @@ class KVTransport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This rank in a group of workers: the number of its worker, its rank, its epoch, and the parts of all workers."""
+    """This rank in a group of workers: the number of its worker, its rank, its epoch, and the parts of all workers.
+
+    All ranks of the group have the same `key` and the same `digest`.
+    """
 
     worker: int
     rank: int
     epoch: int
     parts: Sequence[Sequence[Part]]
     key: bytes
+    digest: DigestName = "crc32"
 
     def routes(self, handle: Handle) -> list[Route]:
         return routes_between(self.parts[handle.source.worker], self.parts[handle.target.worker])
@@ -104,7 +106,7 @@ class QueuedTransport(ABC):
     """
 
     def __init__(self, place: Place) -> None:
-        self._place = place
+        self._place, self.copier = place, make_copier(place.digest)
         self._reports: SimpleQueue[Report | None] = SimpleQueue()
         self._cancelled: OrderedDict[PieceKey, None] = OrderedDict()
         self._lock = Lock()
@@ -156,8 +158,8 @@ class QueuedTransport(ABC):
     # --- for subclasses ---
 
     @abstractmethod
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, rows: LayerRows) -> None:
-        """Writes the rows of all layers to a rank of the target; returns when they are there. Raises OSError."""
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
+        """Writes the layers to a rank of the target; returns their digest when they are there. Raises OSError."""
 
     def _interrupt(self, key: PieceKey) -> None:
         """Wakes a `_send` that waits for the other end; by default none waits."""
@@ -192,9 +194,9 @@ class QueuedTransport(ABC):
         try:
             for route in self._place.routes(handle):
                 if route.source == self._place.rank:
-                    rows = LayerRows(self, handle, route, gate)
-                    self._send(handle, signed, route, address[route.target] if address else "", rows)
-                    digests[route.target] = rows.digest
+                    layers = self._computed_layers(handle, route, gate)
+                    end = address[route.target] if address else ""
+                    digests[route.target] = self._send(handle, signed, route, end, layers)
         except Stopped:
             return  # `cancel` reports it
         except Exception as error:
@@ -202,81 +204,34 @@ class QueuedTransport(ABC):
             return
         self._report("pushed", handle.key, digests=digests)
 
+    def _computed_layers(self, handle: Handle, route: Route, gate: LayerGate | None) -> Iterator[int]:
+        """The layers of a route, each when it may be sent. Raises Stopped. Renews the lease."""
+        reported_at = time.monotonic()
+        for layer in route.layers:
+            if gate is not None and not gate.wait(layer):
+                raise Stopped
+            if self.is_cancelled(handle.key):
+                raise Stopped
+            if (now := time.monotonic()) - reported_at > ALIVE_SECONDS:
+                reported_at = now
+                self._report("alive", handle.key)
+            yield layer
+
     def _check(self, handle: Handle, digests: Sequence[int]) -> None:
         if self.is_cancelled(handle.key):
             return
         routes = [route for route in self._place.routes(handle) if route.target == self._place.rank]
-        span = Span(handle.start, handle.num_tokens, handle.target.blocks)
-        found = [self._digest_of(route, span) for route in routes]
-        if found == list(digests):
+        if [self._digest_of(route, handle) for route in routes] == list(digests):
             self._report("received", handle.key)
         else:
             self._report("failed", handle.key, reason="the digests of the KV differ")
 
-    def _digest_of(self, route: Route, span: Span) -> int:
-        digest = 0
+    def _digest_of(self, route: Route, handle: Handle) -> int:
+        digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
         for layer in route.layers:
-            rows = [self.pool.read(cache, span, route.heads) for cache in self.pool.caches(layer)]
-            digest = chain(digest, digest_of(rows))
+            for rows in self.pool.rows(layer, span, route.heads):
+                digest = self.copier.digest(rows, digest)
         return digest
 
     def _report(self, kind: ReportKind, key: PieceKey, digests: dict[int, int] | None = None, reason: str = "") -> None:
         self._reports.put(Report(kind, key, self._place.rank, digests or {}, reason))
-
-    def report_alive(self, key: PieceKey) -> None:
-        self._report("alive", key)
-
-
-class LayerRows:
-    """The rows of a piece for one route, layer by layer as they are computed.
-
-    `layer_digest` is that of the newest layer, and `digest` that of all layers so far.
-    """
-
-    def __init__(self, transport: QueuedTransport, handle: Handle, route: Route, gate: LayerGate | None) -> None:
-        self._transport, self._handle, self._route, self._gate = transport, handle, route, gate
-        self._span = Span(handle.start, handle.num_tokens, handle.source.blocks)
-        self._reported_at = time.monotonic()
-        self.layer_digest = self.digest = 0
-
-    @property
-    def layers(self) -> range:
-        return self._route.layers
-
-    def of(self, layer: int) -> list[Tensor]:
-        """Keys and values of a layer, each [tokens, heads, width]. Raises Stopped."""
-        if self._gate is not None and not self._gate.wait(layer):
-            raise Stopped
-        if self._transport.is_cancelled(self._handle.key):
-            raise Stopped
-        self._renew()
-        pool = self._transport.pool
-        rows = [pool.read(cache, self._span, self._route.heads) for cache in pool.caches(layer)]
-        self.layer_digest = digest_of(rows)
-        self.digest = chain(self.digest, self.layer_digest)
-        return rows
-
-    def _renew(self) -> None:
-        now = time.monotonic()
-        if now - self._reported_at > ALIVE_SECONDS:
-            self._reported_at = now
-            self._transport.report_alive(self._handle.key)
-
-
-def digest_of(rows: Sequence[Tensor]) -> int:
-    """CRC-32 of the bytes of contiguous tensors."""
-    digest = 0
-    for one in rows:
-        digest = zlib.crc32(bytes_of(one), digest)
-    return digest
-
-
-def bytes_of(rows: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    array: Any = rows.view(torch.uint8).numpy()
-    return memoryview(array).cast("B")
-
-
-def chain(digest: int, layer_digest: int) -> int:
-    """The digest of a piece with one more layer."""
-    return zlib.crc32(layer_digest.to_bytes(4, "little"), digest)

@@ -8,9 +8,12 @@ payload is read, and the connection is closed.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import msgspec
 
@@ -20,6 +23,7 @@ MAGIC = b"SGKV"
 HEAD = struct.Struct("<4sIQ")
 MAX_HEADER_BYTES = 2**20
 MAX_PAYLOAD_BYTES = 2**31
+MAX_PARTS = os.sysconf("SC_IOV_MAX")
 
 
 class FrameError(Exception):
@@ -34,10 +38,9 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
 
 
 class Layer(msgspec.Struct, tag="layer", frozen=True):
-    """The payload has the rows of a layer; `digest` is its CRC-32."""
+    """The payload has the rows of a layer."""
 
     layer: int
-    digest: int
 
 
 class End(msgspec.Struct, tag="end", frozen=True):
@@ -57,9 +60,18 @@ _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Header)
 def send_frame(stream: socket.socket, header: Header, payload: Sequence[memoryview] = ()) -> None:
     """Sends a frame. Raises OSError."""
     data = _encoder.encode(header)
-    stream.sendall(HEAD.pack(MAGIC, len(data), sum(len(part) for part in payload)) + data)
-    for part in payload:
-        stream.sendall(part)
+    head = HEAD.pack(MAGIC, len(data), sum(len(part) for part in payload)) + data
+    parts = deque([memoryview(head), *payload])
+    while parts:
+        _drop(parts, stream.sendmsg(list(islice(parts, MAX_PARTS))))
+
+
+def _drop(parts: deque[memoryview], num_bytes: int) -> None:
+    """Removes so many bytes from the front."""
+    while parts and num_bytes >= len(parts[0]):
+        num_bytes -= len(parts.popleft())
+    if num_bytes:
+        parts[0] = parts[0][num_bytes:]
 
 
 def receive_header(stream: socket.socket) -> tuple[Header, int]:
@@ -80,11 +92,11 @@ def receive_header(stream: socket.socket) -> tuple[Header, int]:
     return header, num_payload
 
 
-def receive_into(stream: socket.socket, buffer: memoryview) -> None:
-    """Fills the buffer. Raises FrameError at the end of the stream."""
-    position = 0
-    while position < len(buffer):
-        received = stream.recv_into(buffer[position:])
+def receive_into(stream: socket.socket, *buffers: memoryview) -> None:
+    """Fills the buffers. Raises FrameError at the end of the stream."""
+    parts = deque(buffers)
+    while parts:
+        received, *_ = stream.recvmsg_into(list(islice(parts, MAX_PARTS)), 0, socket.MSG_WAITALL)
         if not received:
             raise FrameError("the connection was closed in the middle of a frame")
-        position += received
+        _drop(parts, received)

@@ -4,11 +4,11 @@ Copies are one-sided: the source writes to the blocks that the target has reserv
 So the engine must not reuse the target's blocks before the source has reported the end of the piece, or has died.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from sageLLM.runtime.transport.base import LayerRows, Place, QueuedTransport
+from sageLLM.runtime.transport.base import Place, QueuedTransport
 from sageLLM.runtime.transport.handle import Handle, SignedHandle
-from sageLLM.runtime.transport.shards import PoolShard, Route, Span
+from sageLLM.runtime.transport.shards import PoolShard, Route
 
 
 class MemoryTransport(QueuedTransport):
@@ -22,12 +22,18 @@ class MemoryTransport(QueuedTransport):
         self._targets: dict[tuple[int, int], PoolShard] = {}
         super().__init__(place)
 
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, rows: LayerRows) -> None:
-        key = handle.target.worker, route.target
-        target = self._targets.get(key)
-        if target is None:
-            target = self._targets[key] = self._open_pool(*key)
-        span = Span(handle.start, handle.num_tokens, handle.target.blocks)
-        for layer in rows.layers:
-            for cache, one in zip(target.caches(layer), rows.of(layer), strict=True):
-                target.write(cache, span, route.heads, one)
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
+        pool, target = self.pool, self._target(handle.target.worker, route.target)
+        source_span = pool.span(handle.start, handle.num_tokens, handle.source.blocks)
+        target_span = target.span(handle.start, handle.num_tokens, handle.target.blocks)
+        digest = 0
+        for layer in layers:
+            rows = pool.rows(layer, source_span, route.heads), target.rows(layer, target_span, route.heads)
+            for source, copy in zip(*rows, strict=True):
+                digest = self.copier.copy(source, copy, digest)
+        return digest
+
+    def _target(self, worker: int, rank: int) -> PoolShard:
+        if (worker, rank) not in self._targets:
+            self._targets[worker, rank] = self._open_pool(worker, rank)
+        return self._targets[worker, rank]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sageLLM.runtime.transport.rows import Rows, Span
 
 PAGE = 4096
 
@@ -69,6 +70,9 @@ class PoolShard:
     keys: Sequence[Tensor]
     values: Sequence[Tensor] = ()
 
+    def span(self, start: int, num_tokens: int, blocks: Sequence[int]) -> Span:
+        return Span(start, num_tokens, blocks, self.block_size)
+
     def caches(self, layer: int) -> Iterator[Tensor]:
         """The tensors of a layer, by its number in the model."""
         index = layer - self.part.layers.start
@@ -76,43 +80,11 @@ class PoolShard:
         if self.values:
             yield self.values[index]
 
-    def read(self, cache: Tensor, span: Span, heads: range) -> Tensor:
-        """The tokens of a span, contiguous, [tokens, heads, width]; a view if the blocks follow each other."""
-        first = span.start % self.block_size
-        blocks = cache.index_select(0, span.index) if span.run is None else cache[span.run]
-        rows = blocks.flatten(0, 1)[first : first + span.num_tokens]
-        return rows if heads == self.part.heads else rows[:, self._columns(heads)].contiguous()
-
-    def write(self, cache: Tensor, span: Span, heads: range, rows: Tensor) -> None:
-        """Writes rows [tokens, heads, width] to the tokens of a span."""
-        first, size = span.start % self.block_size, self.block_size
-        if span.run is not None:
-            cache[span.run].flatten(0, 1)[first : first + span.num_tokens, self._columns(heads)] = rows
-            return
-        if heads == self.part.heads and first == 0 and span.num_tokens % size == 0:
-            cache.index_copy_(0, span.index, rows.view(len(span.index), size, *rows.shape[1:]))
-            return
-        slots = (span.index[:, None] * size + torch.arange(size)).flatten()[first : first + span.num_tokens]
-        cache.flatten(0, 1)[:, self._columns(heads)].index_copy_(0, slots, rows)
-
-    def _columns(self, heads: range) -> slice:
+    def rows(self, layer: int, span: Span, heads: range) -> list[Rows]:
+        """Keys and values of these heads of the model."""
         first = self.part.heads.start
-        return slice(heads.start - first, heads.stop - first)
-
-
-class Span:
-    """Tokens `start .. start + num_tokens - 1` of a sequence, in `blocks`; the first block holds token `start`.
-
-    `run` are the blocks if their numbers follow each other, as they mostly do in a pool that is not full.
-    """
-
-    __slots__ = ("index", "num_tokens", "run", "start")
-
-    def __init__(self, start: int, num_tokens: int, blocks: Sequence[int]) -> None:
-        self.start, self.num_tokens = start, num_tokens
-        self.index = torch.tensor(blocks, dtype=torch.int64)
-        is_run = all(b == a + 1 for a, b in pairwise(blocks))
-        self.run = slice(blocks[0], blocks[-1] + 1) if blocks and is_run else None
+        columns = slice(heads.start - first, heads.stop - first)
+        return [Rows(cache, span, columns) for cache in self.caches(layer)]
 
 
 class PoolShape(NamedTuple):

@@ -1,21 +1,22 @@
 """Transport over TCP: each rank listens, and source ranks connect to it with the engine's key.
 
-A receiver writes a layer only if the handle is signed, of this epoch and not cancelled, and the digest of the layer is
-right. Otherwise it closes the connection, which fails the pieces on it and nothing else.
+A receiver writes a layer only if the handle is signed, of this epoch and not cancelled, and the layer has the size of
+the piece. Otherwise it closes the connection, which fails the pieces on it and nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import torch
-from torch import Tensor
 
-from sageLLM.runtime.transport.base import LayerRows, Place, QueuedTransport, bytes_of, digest_of
+from sageLLM.runtime.transport.base import Place, QueuedTransport
 from sageLLM.runtime.transport.channel import AuthenticationError, answer_challenge, challenge
 from sageLLM.runtime.transport.frames import (
     Begin,
@@ -29,7 +30,8 @@ from sageLLM.runtime.transport.frames import (
 )
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
 from sageLLM.runtime.transport.jobs import BACKGROUND, yield_to_others
-from sageLLM.runtime.transport.shards import Route, Span
+from sageLLM.runtime.transport.rows import Rows, Span
+from sageLLM.runtime.transport.shards import Route
 
 SECONDS = 60.0
 """A connection without progress for so long is closed."""
@@ -58,14 +60,18 @@ class TcpTransport(QueuedTransport):
         for stream in self._streams.values():
             stream.close()
 
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, rows: LayerRows) -> None:
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
         stream = self._connect(address)
         self._sending = handle.key, stream
+        digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
         try:
             send_frame(stream, Begin(signed, self._place.rank))
-            for layer in rows.layers:
-                found = rows.of(layer)
-                send_frame(stream, Layer(layer, rows.layer_digest), [bytes_of(one) for one in found])
+            for layer in layers:
+                payload: list[memoryview] = []
+                for rows in self.pool.rows(layer, span, route.heads):
+                    parts, digest = self._read(rows, digest)
+                    payload += parts
+                send_frame(stream, Layer(layer), payload)
             send_frame(stream, End())
             reply, _ = receive_header(stream)
         except BaseException:
@@ -76,6 +82,14 @@ class TcpTransport(QueuedTransport):
             self._sending = None
         if not isinstance(reply, Reply) or reply.reason is not None:
             raise OSError(reply.reason if isinstance(reply, Reply) else "unexpected answer")
+        return digest
+
+    def _read(self, rows: Rows, digest: int) -> tuple[list[memoryview], int]:
+        """The bytes of rows, a copy only of rows with gaps."""
+        if not rows.has_gaps:
+            return rows.parts(), self.copier.digest(rows, digest)
+        packed = Rows.packed(rows)
+        return packed.parts(), self.copier.copy(rows, packed, digest)
 
     def _connect(self, address: str) -> socket.socket:
         if (stream := self._streams.get(address)) is not None:
@@ -96,18 +110,24 @@ class TcpTransport(QueuedTransport):
         sending = self._sending
         if sending is not None and sending[0] == key:
             _shut(sending[1])
+        self._receiver.interrupt(key)
 
     def _settle(self, key: PieceKey) -> None:
-        with self._receiver.writing:  # a layer that is being written is complete
-            super()._settle(key)
+        self._receiver.settle(key)
+        super()._settle(key)
 
 
 class Receiver:
-    """Accepts connections of other ranks, and writes what they send to the pool of this one."""
+    """Accepts connections of other ranks, and writes what they send to the pool of this one.
+
+    What arrives goes to its blocks without another copy. These are reserved for the piece until it ends, and `check`
+    decides whether they are used.
+    """
 
     def __init__(self, transport: TcpTransport, place: Place, host: str) -> None:
         self._transport, self._place = transport, place
-        self.writing = threading.Lock()
+        self._writers: list[tuple[PieceKey, socket.socket]] = []
+        self._changed = threading.Condition()
         self._listener = socket.create_server((host, 0))
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         self._open: set[socket.socket] = set()
@@ -118,6 +138,31 @@ class Receiver:
         self._listener.close()
         for stream in list(self._open):
             _shut(stream)
+
+    def interrupt(self, key: PieceKey) -> None:
+        """Closes the connections that write a cancelled piece."""
+        with self._changed:
+            for found, stream in self._writers:
+                if found == key:
+                    _shut(stream)
+
+    def settle(self, key: PieceKey) -> None:
+        """Waits until nothing writes an interrupted piece."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(found != key for found, _ in self._writers))
+
+    @contextmanager
+    def _writing(self, key: PieceKey, stream: socket.socket) -> Iterator[None]:
+        with self._changed:
+            if self._transport.is_cancelled(key):
+                raise FrameError("the piece was cancelled")
+            self._writers.append((key, stream))
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writers.remove((key, stream))
+                self._changed.notify_all()
 
     def _accept(self) -> None:
         while True:
@@ -148,15 +193,14 @@ class Receiver:
         if not isinstance(begin, Begin):
             raise FrameError("a piece must begin with its handle")
         handle = self._accepted(begin.handle)
-        span = Span(handle.start, handle.num_tokens, handle.target.blocks)
-        for layer in self._route(handle, begin.source_rank).layers:
-            header, num_bytes = receive_header(stream)
-            if not isinstance(header, Layer) or header.layer != layer:
-                raise FrameError(f"expected layer {layer}")
-            self._receive_layer(stream, header, num_bytes, handle, span, self._route(handle, begin.source_rank))
-        end, _ = receive_header(stream)
-        if not isinstance(end, End):
-            raise FrameError("expected the end of the piece")
+        route = self._route(handle, begin.source_rank)
+        span = self._transport.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
+        with self._writing(handle.key, stream):
+            for layer in route.layers:
+                self._receive_layer(stream, layer, span, route)
+            end, _ = receive_header(stream)
+            if not isinstance(end, End):
+                raise FrameError("expected the end of the piece")
         send_frame(stream, Reply())
 
     def _accepted(self, signed: SignedHandle) -> Handle:
@@ -172,31 +216,26 @@ class Receiver:
                 return route
         raise FrameError(f"rank {source_rank} has nothing to send to this rank")
 
-    def _receive_layer(
-        self, stream: socket.socket, header: Layer, num_bytes: int, handle: Handle, span: Span, route: Route
-    ) -> None:
-        pool = self._transport.pool
-        caches = list(pool.caches(header.layer))
-        rows = [_empty_rows(cache, span.num_tokens, len(route.heads)) for cache in caches]
-        if num_bytes != sum(one.nbytes for one in rows):
-            raise FrameError(f"layer {header.layer} must have {sum(one.nbytes for one in rows)} bytes, got {num_bytes}")
-        for one in rows:
-            receive_into(stream, bytes_of(one))
-        if digest_of(rows) != header.digest:
-            raise FrameError(f"the digest of layer {header.layer} differs")
-        with self.writing:
-            if self._transport.is_cancelled(handle.key):
-                raise FrameError("the piece was cancelled")
-            for cache, one in zip(caches, rows, strict=True):
-                pool.write(cache, span, route.heads, one)
-
-
-def _empty_rows(cache: Tensor, num_tokens: int, num_heads: int) -> Tensor:
-    return torch.empty((num_tokens, num_heads, cache.shape[3]), dtype=cache.dtype)
+    def _receive_layer(self, stream: socket.socket, layer: int, span: Span, route: Route) -> None:
+        header, num_bytes = receive_header(stream)
+        if not isinstance(header, Layer) or header.layer != layer:
+            raise FrameError(f"expected layer {layer}")
+        wanted = self._transport.pool.rows(layer, span, route.heads)
+        if num_bytes != sum(rows.num_bytes for rows in wanted):
+            raise FrameError(f"layer {layer} must have {sum(rows.num_bytes for rows in wanted)} bytes, got {num_bytes}")
+        received = [Rows.packed(rows) if rows.has_gaps else rows for rows in wanted]
+        receive_into(stream, *(part for rows in received for part in rows.parts()))
+        for rows, packed in zip(wanted, received, strict=True):
+            if packed is not rows:
+                self._transport.copier.copy(packed, rows, 0)
 
 
 def _tune(stream: socket.socket) -> None:
-    stream.settimeout(SECONDS)
+    """The kernel fills whole buffers, and ends a wait without progress."""
+    stream.setblocking(True)
+    limit = struct.pack("ll", int(SECONDS), 0)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

@@ -13,6 +13,7 @@ import torch
 from sageLLM.runtime.transport.base import KVTransport, Place, Report
 from sageLLM.runtime.transport.handle import PieceKey, SignedHandle
 from sageLLM.runtime.transport.memory import MemoryTransport
+from sageLLM.runtime.transport.rows import DigestName
 from sageLLM.runtime.transport.shards import Part, PoolShape, PoolShard, map_pool, part_of
 from sageLLM.runtime.transport.tcp import TcpTransport
 from sageLLM.runtime.worker.kv_pool import KVPool
@@ -32,7 +33,8 @@ class MemberSpec(msgspec.Struct, frozen=True):
 class KVGroup(msgspec.Struct, frozen=True):
     """The group as one of its ranks sees it: the number of its worker, its epoch, and all members.
 
-    `key` authenticates connections and signs handles. The model has KV of `num_heads` heads in `num_layers` layers.
+    `key` authenticates connections and signs handles, and `digest` is that of all copies. The model has KV of
+    `num_heads` heads in `num_layers` layers.
     """
 
     worker: int
@@ -43,6 +45,7 @@ class KVGroup(msgspec.Struct, frozen=True):
     num_heads: int
     widths: tuple[int, int | None]
     members: list[MemberSpec]
+    digest: DigestName
 
     @property
     def files(self) -> list[int]:
@@ -102,7 +105,7 @@ class KVPort:
 
     def __init__(self, group: KVGroup, rank: int, pool: KVPool, send: Callable[[Report], None]) -> None:
         self._rank = rank
-        place = Place(group.worker, rank, group.epoch, group.parts(), group.key)
+        place = Place(group.worker, rank, group.epoch, group.parts(), group.key, group.digest)
         self.address = ""
         self._transport: KVTransport
         if group.transport == "tcp":

@@ -14,6 +14,7 @@ from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.transport.rows import best_digest
 from sageLLM.runtime.transport.shards import memory_bytes
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.kv_group import KVGroup, MemberSpec, TransportName
@@ -39,7 +40,7 @@ def make_group(model: Model, workers: Sequence[RoleSpec], transport: TransportNa
         raise SageError("prefill and decode workers require as many key heads as value heads in the KV cache")
     members = [MemberSpec(one.tp, one.budget.num_blocks, one.budget.block_size) for one in workers]
     key = secrets.token_bytes(KEY_BYTES)
-    group = KVGroup(0, 0, transport, key, config.L, shape.k[0], widths, members)
+    group = KVGroup(0, 0, transport, key, config.L, shape.k[0], widths, members, best_digest())
     if transport != "shared_memory":
         return group
     with_memory = [

@@ -18,6 +18,7 @@ from sageLLM.runtime.transport.base import KVTransport, Place, Report
 from sageLLM.runtime.transport.channel import answer_challenge
 from sageLLM.runtime.transport.handle import End, Handle, SignedHandle, sign
 from sageLLM.runtime.transport.memory import MemoryTransport
+from sageLLM.runtime.transport.rows import DigestName
 from sageLLM.runtime.transport.shards import (
     Part,
     PoolShape,
@@ -76,7 +77,8 @@ class Group:
         for worker, pools in enumerate(self.pools):
             self.ends.append([])
             for rank, pool in enumerate(pools):
-                place = Place(worker, rank, 5 + worker, parts, KEY)
+                digest: DigestName = "crc32" if self.kind == "same process" else "lanes"
+                place = Place(worker, rank, 5 + worker, parts, KEY, digest)
                 end: KVTransport = TcpTransport(place) if self.kind == "tcp" else MemoryTransport(place, open_pool)
                 end.register(pool)
                 self.ends[-1].append(end)
