@@ -139,7 +139,7 @@ def measure(model: Model, parts: int, times: tuple[float, float, float], rounds:
     graph = compiler.kernel_graph("decode", parts)
     plan = Plan(graph, {**registry.kernels, **delayed.kernels}, bound)
     sequences = [WorkerSequence(str(i), [5, 6, 7 + i], block_ids=[i]) for i in range(NUM_SEQUENCES)]
-    whole = StepInputs(BLOCK_SIZE, 8, CPU, model.tables)
+    whole = StepInputs(BLOCK_SIZE, 8, model.tables)
     inputs = whole.make(DecodeBatch(sequences), [], list(range(NUM_SEQUENCES)))
     if parts > 1:
         inputs = MicroBatchInputs(parts).divide(inputs, NUM_SEQUENCES, [])

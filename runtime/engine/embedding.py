@@ -62,7 +62,7 @@ class Embedder:
         self.model, self.compiler = model, compiler
         self.max_tokens, self.block_size = max_tokens, block_size
         max_blocks = -(-model.max_model_len // block_size)
-        self._inputs = StepInputs(block_size, max_blocks, model.device, model.tables)
+        self._inputs = StepInputs(block_size, max_blocks, model.tables)
         self._pool: KVPool | None = None
         self._graphs: dict[tuple[Pooling, bool], ExecutionGraph] = {}
         self._plans: dict[tuple[Pooling, bool], Runnable] = {}
@@ -141,11 +141,10 @@ class Embedder:
         if key not in self._plans:
             self._plans[key] = self.compiler.plan(self._graphs[key], self._bound())
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        device = self.model.device
         types = [one for prompt in step for one in prompt.type_ids or [0] * len(prompt.token_ids)]
         inputs = {
             **self._inputs.make(NO_DECODES, chunks, range(num_tokens)),
-            "type_ids": torch.tensor(types, dtype=torch.int32, device=device),
+            "type_ids": torch.tensor(types, dtype=torch.int32),
         }
         return self._plans[key].run(inputs)[0]
 

@@ -264,6 +264,8 @@ class LLM:
                 num_ubatches=num_ubatches,
                 overlap_transfers=overlap_transfers,
                 pp=pipeline_parallel_size,
+                max_num_seqs=config.max_decode_batch_size,
+                max_num_batched_tokens=config.max_prefill_tokens,
             )
             self._engine, self._ffn_workers = start_engine(
                 spec,

@@ -1,8 +1,7 @@
-"""Decode steps as CUDA graphs: a step is padded to one of a few shapes, each captured once and then replayed.
+"""Plans for a GPU: one copy of the inputs to it, one of the tokens back, and decode steps as CUDA graphs.
 
-A captured graph has fixed shapes and addresses, so a bucket is a number of rows and a width of the block table, both
-powers of 2. Padding repeats the last row of the step: its copies compute and store the same bits at the same slot, so
-they change nothing.
+A captured graph has fixed shapes and addresses. `StepInputs` therefore pads decode steps to one of a few `Buckets`,
+each of which is captured before the first request and then replayed.
 """
 
 from collections.abc import Mapping
@@ -14,53 +13,26 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
-from sageLLM.runtime.executor.device_streams import StreamApi
-from sageLLM.runtime.executor.native.arena import Arena
-from sageLLM.runtime.executor.planner import TorchPlanner
+from sageLLM.runtime.executor.device_api import DeviceApi, DeviceGraph
+from sageLLM.runtime.executor.input_buffers import InputBuffers, Place
+from sageLLM.runtime.executor.token_reader import PendingTokens, TokenReader, marked_tokens
 from sageLLM.runtime.executor.torch_plan import Plan
 
 Inputs = Mapping[str, Tensor | None]
 
-MAX_ROWS = 256
-"""Rows of the largest step that is captured: every bucket costs memory, and launches matter less in larger steps."""
+
+class DeviceBuffers:
+    """The memory of inputs and tokens of all plans of a device: only one step at a time uses it."""
+
+    def __init__(self, api: DeviceApi) -> None:
+        self.api = api
+        self.inputs, self.tokens = InputBuffers(api), TokenReader(api)
 
 
-@dataclass(frozen=True, slots=True)
-class CapturedGraph:
-    """One bucket: the graph, the memory of its inputs, and the memory of its outputs."""
+class DevicePlan(Plan):
+    """A plan that copies its integer inputs, which are on the host, to the device; others are there already.
 
-    graph: torch.cuda.CUDAGraph
-    inputs: Mapping[str, Tensor]
-    outputs: list[Tensor]
-
-    def replay(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        for name, x in inputs.items():
-            self.inputs[name].copy_(x, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-
-class GpuPlanner(TorchPlanner):
-    """Plans for a GPU; `kernels` are launchers of Triton kernels, and references for ops without one."""
-
-    def __init__(self, kernels: Mapping[str, Kernel], device: torch.device) -> None:
-        super().__init__(kernels, "triton", device)
-
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Any], arena: Arena | None = None) -> Plan:
-        plan = super().plan(graph, bound, arena)
-        # Micro-batches have inputs of their own, for which steps are not padded to buckets.
-        is_divided = "block_table" not in graph.inputs
-        if self._api is None or graph.stage != "decode" or is_divided:
-            return plan
-        tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
-        return GraphedPlan(graph, self._kernels, tensors, self._api)
-
-
-class GraphedPlan(Plan):
-    """A plan of the decode stage that replays CUDA graphs; steps of more than MAX_ROWS rows run call by call.
-
-    Streams and collectives are captured too: NCCL's calls become nodes of the graph. All ranks capture the same buckets
-    in the same steps, as they get the same orders.
+    `tokens` are those of the last run, if the graph samples. Nothing waits for the device but reading them.
     """
 
     def __init__(
@@ -68,51 +40,91 @@ class GraphedPlan(Plan):
         graph: ExecutionGraph,
         kernels: Mapping[str, Kernel],
         bound: Mapping[str, Tensor],
-        api: StreamApi | None = None,
+        buffers: DeviceBuffers,
     ) -> None:
-        super().__init__(graph, kernels, bound, api)
-        self._captured: dict[tuple[int, int], CapturedGraph] = {}
-        # One memory pool for all buckets: only one graph runs at a time, so they can share their intermediates.
-        self._memory = torch.cuda.graph_pool_handle()
+        super().__init__(graph, kernels, bound, buffers.api)
+        self.tokens: PendingTokens | None = None
+        self._buffers = buffers
+        self._samples = any(ref.dtype == "i64" for ref in graph.outputs)
 
     def run(self, inputs: Inputs) -> list[Tensor]:
-        """The outputs of the step; the next step of the same bucket overwrites them."""
-        present = {name: x for name, x in inputs.items() if x is not None}
-        num_rows, width = present["block_table"].shape
-        if not 0 < num_rows <= MAX_ROWS or len(present["rows"]) != num_rows:
-            return super().run(inputs)
-        bucket = round_up(num_rows), round_up(width)
-        padded = pad_inputs(present, *bucket)
-        if bucket not in self._captured:
-            self._captured[bucket] = self._capture(padded)
-        return [x[:num_rows] for x in self._captured[bucket].replay(padded)]
+        host, rest = divided(inputs)
+        return self._started(self._compute({**rest, **self._buffers.inputs.upload(host)}))
 
-    def _capture(self, inputs: Mapping[str, Tensor]) -> CapturedGraph:
-        """Runs the plan twice: once eagerly, as kernels cannot be compiled during capture, and once into the graph."""
-        static_inputs = {name: x.clone() for name, x in inputs.items()}
-        super().run(static_inputs)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            outputs = super().run(static_inputs)
-        return CapturedGraph(graph, static_inputs, outputs)
+    def _compute(self, inputs: Inputs) -> list[Tensor]:
+        """The outputs of the graph, and marked tokens if it samples."""
+        outputs = super().run(inputs)
+        return [*outputs, marked_tokens(*outputs)] if self._samples else outputs
+
+    def _started(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Starts the copy of the tokens; returns the other outputs."""
+        if not self._samples:
+            return outputs
+        self.tokens = self._buffers.tokens.start(outputs[-1])
+        return outputs[:-1]
 
 
-def round_up(count: int) -> int:
-    """The next power of 2."""
-    return 1 << max(count - 1, 0).bit_length()
+@dataclass(frozen=True, slots=True)
+class CapturedGraph:
+    """One bucket: the graph, the place of its inputs, and the memory of its outputs."""
+
+    graph: DeviceGraph
+    place: Place
+    outputs: list[Tensor]
 
 
-def pad_inputs(inputs: Mapping[str, Tensor], num_rows: int, width: int) -> dict[str, Tensor]:
-    """Pads the inputs [B, ...] of a decode step to `num_rows` rows, and the block table to `width` columns.
+class GraphedPlan(DevicePlan):
+    """A plan of the decode stage that replays the graphs of `capture`; steps of other shapes run call by call.
 
-    The new rows repeat the last one, except in `q_start` [B + 1], which continues to count rows.
+    Streams and collectives are captured too: NCCL's calls become nodes of the graph. All ranks capture the same buckets
+    in the same order.
     """
-    more = num_rows - len(inputs["block_table"])
-    padded = {name: torch.cat((x, x[-1:].expand(more, *x.shape[1:]))) for name, x in inputs.items()}
-    padded["block_table"] = torch.nn.functional.pad(padded["block_table"], (0, width - padded["block_table"].shape[1]))
-    if "q_start" in inputs:
-        start = inputs["q_start"]
-        counted = torch.arange(1, more + 1, dtype=start.dtype, device=start.device)
-        padded["q_start"] = torch.cat((start, start[-1:] + counted))
-    return padded
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._captured: dict[torch.Size, CapturedGraph] = {}
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """The outputs of the step; the next step overwrites them."""
+        captured = self._captured.get(_table_shape(inputs))
+        if captured is None:
+            return super().run(inputs)
+        host, _ = divided(inputs)
+        self._buffers.inputs.fill(captured.place, host)
+        captured.graph.replay()
+        return self._started(captured.outputs)
+
+    def capture(self, inputs: Inputs) -> None:
+        """Captures the graph of steps of these shapes, after one that compiles the kernels, which no capture can do.
+
+        Memory that a pipeline stage receives values in is replaced by memory of the graph.
+        """
+        host, rest = divided(inputs)
+        api, buffers = self._buffers.api, self._buffers.inputs
+        place = buffers.place(host)
+        fixed = {**place.device, **{name: torch.empty_like(x) for name, x in rest.items()}}
+        buffers.fill(place, host)
+        self._compute(fixed)
+        api.synchronize()
+        graph, outputs = api.capture(lambda: self._compute(fixed))
+        self._captured[_table_shape(inputs)] = CapturedGraph(graph, place, outputs)
+
+    @property
+    def num_captured(self) -> int:
+        return len(self._captured)
+
+
+def divided(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs that are on the host, which are integers, and the others."""
+    host: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, x in inputs.items():
+        if x is not None:
+            (host if x.dtype == torch.int32 else rest)[name] = x
+    return host, rest
+
+
+def _table_shape(inputs: Inputs) -> torch.Size:
+    table = inputs["block_table"]
+    assert table is not None, "every decode step has a block table"
+    return table.shape

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import torch
-
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.passes.events import WAITS
@@ -25,22 +23,6 @@ class StreamApi(Protocol):
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """A context in which calls go to the stream."""
-
-
-class CudaApi:
-    """The streams of the current GPU."""
-
-    def new_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def new_event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def current_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream()
-
-    def use(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(stream)
 
 
 class DeviceStreams:

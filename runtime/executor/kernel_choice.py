@@ -8,7 +8,7 @@ import torch
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import SageError
-from sageLLM.runtime.executor.cuda_graphs import GpuPlanner
+from sageLLM.runtime.executor.device_api import CudaApi
 from sageLLM.runtime.executor.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
@@ -19,12 +19,18 @@ from sageLLM.runtime.registry.trees import native_tables, triton_table
 
 
 def choose_planner(
-    choice: str, registry: Registry, device: torch.device, dtype: str, overrides: Mapping[str, Kernel] | None = None
+    choice: str,
+    registry: Registry,
+    device: torch.device,
+    dtype: str,
+    overrides: Mapping[str, Kernel] | None = None,
+    *,
+    captures: bool = True,
 ) -> Planner:
     """The planner for a choice of KERNEL_CHOICES; `auto` selects the best kernels of the device.
 
-    `overrides` take the place of reference kernels. Raises SageError for a choice that is unknown or that the device
-    does not support.
+    `overrides` take the place of reference kernels. Triton kernels are captured in CUDA graphs if `captures`. Raises
+    SageError for a choice that is unknown or that the device does not support.
     """
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
@@ -32,12 +38,14 @@ def choose_planner(
     why_not = why_no_triton(device)
     if choice == "triton" and why_not:
         raise SageError(f"kernels must not be 'triton' here: {why_not}; use auto")
-    if choice == "triton" or (choice == "auto" and device.type == "cuda" and why_not is None):
-        return GpuPlanner({**references, **triton_table(registry.packages)}, device)
+    gpu = CudaApi() if device.type == "cuda" else None
+    if choice == "triton" or (choice == "auto" and gpu is not None and why_not is None):
+        kernels = {**references, **triton_table(registry.packages)}
+        return TorchPlanner(kernels, "triton", gpu, captures=captures and gpu is not None)
     if choice == "cpu" and device.type != "cpu":
         raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
-        return TorchPlanner(references, device=device)
+        return TorchPlanner(references, device=gpu)
     # The runner is made on first use: finding a compiler takes time, and a model may need no native kernel.
     return NativePlanner(lambda: make_runner(registry), references, dtype)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
-from sageLLM.runtime.executor.device_streams import CudaApi, StreamApi
+from sageLLM.runtime.executor.cuda_graphs import DeviceBuffers, DevicePlan, GraphedPlan
+from sageLLM.runtime.executor.device_api import DeviceApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.recorder import StepRecorder
@@ -44,10 +44,16 @@ class KernelStats:
 
 
 class Planner(Protocol):
-    """Binds graphs to kernels. Plans that share an arena must run one after another."""
+    """Binds graphs to kernels. Plans that share an arena must run one after another.
+
+    `device` is the GPU that the plans copy their inputs to, if they run on one. A planner that `captures` requires
+    decode steps that are padded to `Buckets`.
+    """
 
     name: str
     stats: list[KernelStats]
+    device: DeviceApi | None
+    captures: bool
 
     def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
@@ -66,16 +72,24 @@ class Planner(Protocol):
 class TorchPlanner:
     """Plans of torch callables, called from Python: the references, or launchers of GPU kernels.
 
-    On a GPU (`device`) the plans have the streams of their graphs.
+    On a GPU (`device`) the plans have the streams of their graphs, and share the memory of their inputs. With
+    `captures` the plans of decode steps record CUDA graphs.
     """
 
     def __init__(
-        self, kernels: Mapping[str, Kernel], name: str = "reference", device: torch.device | None = None
+        self,
+        kernels: Mapping[str, Kernel],
+        name: str = "reference",
+        device: DeviceApi | None = None,
+        *,
+        captures: bool = False,
     ) -> None:
         self.name = name
         self.stats: list[KernelStats] = []
+        self.device, self.captures = device, captures
         self._kernels = kernels
-        self._api: StreamApi | None = CudaApi() if device is not None and device.type == "cuda" else None
+        # Made with the first plan: the engine of worker processes plans nothing and uses no memory of the GPU.
+        self._buffers: DeviceBuffers | None = None
 
     def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
@@ -93,7 +107,13 @@ class TorchPlanner:
         in_python = {op: (count, self.name) for op, count in ops.items()}
         self.stats.append(KernelStats(graph.graph_id, 0, in_python))
         tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
-        return Plan(graph, self._kernels, tensors, self._api)
+        if self.device is None:
+            return Plan(graph, self._kernels, tensors)
+        self._buffers = self._buffers or DeviceBuffers(self.device)
+        # Micro-batches have inputs of their own, for which steps are not padded to buckets.
+        is_captured = self.captures and graph.stage == "decode" and "block_table" in graph.inputs
+        make = GraphedPlan if is_captured else DevicePlan
+        return make(graph, self._kernels, tensors, self._buffers)
 
 
 class NativePlanner:
@@ -103,6 +123,8 @@ class NativePlanner:
     """
 
     name = "cpu"
+    device: DeviceApi | None = None
+    captures = False
 
     def __init__(self, make_runner: Callable[[], NativeRunner], reference: Mapping[str, Kernel], dtype: str) -> None:
         self.stats: list[KernelStats] = []

@@ -28,7 +28,7 @@ from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.af_workers import AttentionLinks
-from sageLLM.runtime.worker.executor import InProcessExecutor
+from sageLLM.runtime.worker.executor import InProcessExecutor, StepLimits
 from sageLLM.runtime.worker.kv_group import KVGroup
 from sageLLM.runtime.worker.kv_pool import LowerTier
 from sageLLM.runtime.worker.token_return import TokenReturn
@@ -93,6 +93,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     group: KVGroup | None = None
     core_sets: list[list[int]] = []
     host_ranks: list[int] = []
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    enforce_eager: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -165,7 +168,14 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
     overrides = None if links is None else links.kernels
     schedule = choose_schedule(device, {"tp": spec.tp}, overlap_transfers=spec.overlap_transfers)
     compiler = make_compiler(
-        model, registry, spec.kernels, spec.disable_passes, schedule, side=spec.side, overrides=overrides
+        model,
+        registry,
+        spec.kernels,
+        spec.disable_passes,
+        schedule,
+        side=spec.side,
+        overrides=overrides,
+        captures=not spec.enforce_eager and spec.side is None,
     )
     place_weights(model, compiler, Path(spec.model), spec.weights)
     return make_local_executor(spec, model, compiler, is_async=False, token_return=token_return, links=links)
@@ -204,6 +214,7 @@ def make_local_executor(
         links=links,
         grammars=grammars or GrammarCompiler(Path(spec.model), model.config.V),
         pool_memory=spec.pool_memory,
+        limits=StepLimits(spec.max_num_seqs, spec.max_num_batched_tokens),
     )
 
 
@@ -216,10 +227,11 @@ def make_compiler(
     *,
     side: Side | None = None,
     overrides: Mapping[str, Kernel] | None = None,
+    captures: bool = True,
 ) -> ModelCompiler:
     """The compiler of a model, with the planner for `kernels`, and a `schedule` of streams for several ranks.
 
-    `overrides` take the place of reference kernels.
+    `overrides` take the place of reference kernels. On a GPU decode steps are captured in CUDA graphs if `captures`.
     """
     return ModelCompiler(
         model.layout,
@@ -228,7 +240,7 @@ def make_compiler(
         dtype=model.short_dtype,
         disable=disable_passes,
         schedule=schedule,
-        planner=choose_planner(kernels, registry, model.device, model.short_dtype, overrides),
+        planner=choose_planner(kernels, registry, model.device, model.short_dtype, overrides, captures=captures),
         pipeline_stage=model.pipeline_stage,
         side=side,
         samples_locally=model.config.tp > 1,

@@ -1,7 +1,7 @@
 """Executors run the orders of the engine on its workers, in the order in which they are submitted."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
@@ -18,7 +18,18 @@ from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.order_thread import OrderThread, Pending
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.token_return import TokenReturn
+from sageLLM.runtime.worker.warm_up import STAGES, warm_up
 from sageLLM.runtime.worker.worker import Worker
+
+
+class StepLimits(NamedTuple):
+    """The sequences of the largest decode step, and the tokens of the largest step with prompts."""
+
+    max_rows: int = 256
+    max_tokens: int = 4096
+
+
+DEFAULT_LIMITS = StepLimits()
 
 
 class WorkersLostError(Exception):
@@ -81,18 +92,22 @@ class InProcessExecutor:
         links: AttentionLinks | None = None,
         grammars: GrammarCompiler | None = None,
         pool_memory: int | None = None,
+        limits: StepLimits = DEFAULT_LIMITS,
     ) -> None:
         """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step.
 
         `token_return` is for a pipeline stage of the model. `lower_tier` has the blocks of running requests for which
         the decoder's pool has no room. With `links` the feed-forwards run on FFN workers. `grammars` are for requests
         with structured output. `pool_memory` is a descriptor of memory for the decoder's pool that other workers map.
+        On a GPU steps within the `limits` run once with padding, so that no kernel is compiled later.
         """
+        on_gpu = compiler.planner.device is not None
 
         def make_runner(num_blocks: int, lower_tier: LowerTier | None = None, memory: int | None = None) -> ModelRunner:
+            num_blocks += on_gpu  # the last one for padding
             pool = make_pool(model, num_blocks, budget.block_size, lower_tier, memory)
             if links is None:
-                return ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
+                return ModelRunner(model, pool, compiler, num_ubatches=num_ubatches, max_rows=limits.max_rows)
             return AttentionRunner(model, pool, compiler, num_ubatches=num_ubatches, links=links)
 
         decoder = make_runner(budget.num_blocks, lower_tier, pool_memory)
@@ -109,6 +124,10 @@ class InProcessExecutor:
             )
             graph = compiler.migrate_graph()
             self._migrator = PoolCopies(prefiller.pool, decoder.pool, graph, compiler.kernels)
+        if on_gpu and links is None:
+            warm_up(decoder, limits.max_tokens, ("decode",) if is_split else STAGES)
+            if is_split:
+                warm_up(self.prefiller.runner, limits.max_tokens, ("prefill",))
         self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if is_async else None
         self._last: Pending[list[StepResult]] | None = None
 

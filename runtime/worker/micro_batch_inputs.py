@@ -43,7 +43,7 @@ class MicroBatchInputs:
                 seq_lens[-1] -= rest
             own = {name: _present(inputs[name])[first:end] for name in ROWS}
             own |= {"seq_lens": seq_lens, "block_table": _present(inputs["block_table"])[low:high]}
-            own["q_start"] = q_start.to(seq_lens.device)
+            own["q_start"] = q_start
             parts |= {f"{name}.p{part}": x for name, x in own.items()}
         return inputs | parts
 
@@ -52,12 +52,12 @@ class MicroBatchInputs:
         pos = _present(inputs["pos"])
         key = pos.data_ptr(), num_decodes
         parts = self._views.get(key)
-        if parts is None or pos.device.type != "cpu":  # on other devices every step has new tensors
+        if parts is None:
             parts = {}
             for part, (first, end) in enumerate(ranges(num_decodes, self.num_parts)):
                 for name in (*ROWS, "seq_lens", "block_table"):
                     parts[f"{name}.p{part}"] = _present(inputs[name])[first:end]
-                parts[f"q_start.p{part}"] = torch.arange(end - first + 1, dtype=torch.int32, device=pos.device)
+                parts[f"q_start.p{part}"] = torch.arange(end - first + 1, dtype=torch.int32)
             if len(self._views) >= MAX_KEPT_VIEWS:
                 self._views.clear()
             self._views[key] = parts

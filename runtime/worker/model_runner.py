@@ -11,10 +11,13 @@ from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.execution_graph.kv_loads import load_kv
 from sageLLM.runtime.execution_graph.stages import received_values
+from sageLLM.runtime.executor.buckets import MAX_ROWS, Buckets, row_buckets, table_widths
+from sageLLM.runtime.executor.cuda_graphs import DevicePlan
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.planner import Runnable
+from sageLLM.runtime.executor.token_reader import PendingTokens
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.worker.io_report import IoReport, report_io
@@ -29,12 +32,13 @@ class Logits(NamedTuple):
     """Logits f32[S, V] of the S requested rows, and their greedy tokens i64[S], which the graph computes.
 
     Ranks that share the vocabulary have the `values` of their tokens and padding, and `best` f32[S], the logits of the
-    greedy tokens.
+    greedy tokens. On a GPU `tokens` are the greedy tokens on their way to the host.
     """
 
     values: Tensor
     greedy_ids: Tensor
     best: Tensor | None = None
+    tokens: PendingTokens | None = None
 
 
 class ModelRunner:
@@ -44,13 +48,26 @@ class ModelRunner:
     if it has a row for each.
     """
 
-    def __init__(self, model: Model, pool: KVPool, compiler: ModelCompiler, *, num_ubatches: int = 1) -> None:
+    def __init__(
+        self,
+        model: Model,
+        pool: KVPool,
+        compiler: ModelCompiler,
+        *,
+        num_ubatches: int = 1,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
+        """Of a pool on a GPU the last block is for padding. `max_rows` are the rows of the largest decode step."""
         self.model = model
         self.pool = pool
         self.compiler = compiler
         self._bound = {**model.bound_tensors(), **pool.named_tensors()}
         max_blocks = min(-(-model.max_model_len // pool.block_size), pool.num_blocks)
-        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device, model.tables)
+        self.buckets = None
+        if compiler.planner.device is not None:
+            rows = row_buckets(max_rows) if compiler.planner.captures and num_ubatches == 1 else ()
+            self.buckets = Buckets(rows, table_widths(max_blocks), padding_block=pool.num_blocks - 1)
+        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.tables, self.buckets)
         self._arena = Arena()
         self._plans: dict[tuple[Stage, int], Runnable] = {}
         self._lower_plans: dict[Stage, Runnable] = {}
@@ -106,7 +123,9 @@ class ModelRunner:
         outputs = self._run_plan(plan, num_ubatches, inputs, num_tokens)
         if not self.model.pipeline_stage.is_last:
             return None
-        return Logits(*outputs)
+        values, greedy_ids, *best = outputs
+        tokens = plan.tokens if isinstance(plan, DevicePlan) else None
+        return Logits(values, greedy_ids, best[0] if best else None, tokens)
 
     def _run_plan(self, plan: Runnable, num_ubatches: int, inputs: Inputs, num_tokens: int) -> list[Tensor]:
         if not self.model.pipeline_stage.is_first:

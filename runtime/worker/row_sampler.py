@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.executor.token_reader import PendingTokens, ReadTokens
 from sageLLM.runtime.grammar.constraint import GrammarConstraint
 from sageLLM.runtime.sampling.logprobs import ScoredTokens
 from sageLLM.runtime.sampling.sampler import SamplingBatch, SequenceSampling, sample
@@ -53,7 +54,7 @@ class RowSampler:
         if self._share is not None and logits.best is not None:
             return self._with_others(logits, logits.best, self._share)
         if self.is_plain_greedy:
-            return self._greedy(logits) if logits.values.device.type == "cpu" else self._greedy_on_device(logits)
+            return self._greedy(logits) if logits.tokens is None else self._greedy_on_device(logits.tokens)
         values = logits.values[: len(self._states)]
         with torch.inference_mode():
             if self._batch is None:
@@ -64,13 +65,12 @@ class RowSampler:
     def alone(self, row: int, logits: Logits) -> tuple["RowSampler", Logits]:
         """The sampler of one sequence, and its logits."""
         rows = slice(row, row + 1)
-        return RowSampler([self.sequences[row]]), Logits(logits.values[rows], logits.greedy_ids[rows])
+        tokens = None if logits.tokens is None else logits.tokens.rows(rows)
+        return RowSampler([self.sequences[row]]), Logits(logits.values[rows], logits.greedy_ids[rows], tokens=tokens)
 
     def _with_others(self, logits: Logits, best: Tensor, share: Share) -> SampledRows:
         """The tokens of the graph, and for other rows those that the ranks choose from their shares of the logits."""
-        token_ids: list[int] = logits.greedy_ids[: len(self._states)].tolist()
-        highest = best[: len(self._states)].tolist()
-        failed = [row for row, one in enumerate(highest) if not isfinite(one)]
+        token_ids, failed = self._greedy_of_ranks(logits, best)
         if not self._open_rows:
             return SampledRows(token_ids, {}, failed)
         with torch.inference_mode():
@@ -85,6 +85,13 @@ class RowSampler:
         is_open = set(self._open_rows)
         failed = sorted([*(row for row in failed if row not in is_open), *(self._open_rows[i] for i in sampled.failed)])
         return SampledRows(token_ids, {self._open_rows[i]: one for i, one in sampled.logprobs.items()}, failed)
+
+    def _greedy_of_ranks(self, logits: Logits, best: Tensor) -> ReadTokens:
+        if logits.tokens is not None:
+            return logits.tokens.read(len(self._states))
+        token_ids: list[int] = logits.greedy_ids[: len(self._states)].tolist()
+        highest = best[: len(self._states)].tolist()
+        return ReadTokens(token_ids, [row for row, one in enumerate(highest) if not isfinite(one)])
 
     def _greedy(self, logits: Logits) -> SampledRows:
         """The graph's argmax; rows without a finite maximum have failed.
@@ -101,8 +108,6 @@ class RowSampler:
         failed = () if isfinite(sum(highest)) else [row for row, one in enumerate(highest) if not isfinite(one)]
         return SampledRows(self._ids.tolist(), {}, failed)
 
-    def _greedy_on_device(self, logits: Logits) -> SampledRows:
-        ids: Tensor = logits.greedy_ids[: len(self._states)]
-        best = logits.values.gather(1, ids[:, None]).flatten().isfinite()
-        failed = () if best.all() else (~best).nonzero().flatten().tolist()
-        return SampledRows(ids.tolist(), {}, failed)
+    def _greedy_on_device(self, tokens: PendingTokens) -> SampledRows:
+        token_ids, failed = tokens.read(len(self._states))
+        return SampledRows(token_ids, {}, failed)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sageLLM.runtime.executor.buckets import Buckets
 from sageLLM.runtime.loader.tables import Ints, PositionTables
 from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk, WorkerSequence
 
@@ -24,14 +25,17 @@ class StepInputs:
     """The inputs of one worker's steps. The tensors that `make` returns are valid until its next call.
 
     `max_blocks` is the length of the longest possible block table and the width of every row, so that the table's shape
-    depends on the number of sequences only: plans and CUDA graphs are reused as contexts grow.
+    depends on the number of sequences only: native plans are reused as contexts grow. With `buckets`, for a GPU, tables
+    have the smallest of a few widths, and steps of decodes alone are padded to one of a few numbers of rows.
 
     `pos` are rows of `tables`, which differ from the positions of a sequence where its length changes the rotation.
     """
 
-    def __init__(self, block_size: int, max_blocks: int, device: torch.device, tables: PositionTables) -> None:
-        self._block_size, self._max_blocks, self._device = block_size, max_blocks, device
-        self._tables = tables
+    def __init__(
+        self, block_size: int, max_blocks: int, tables: PositionTables, buckets: Buckets | None = None
+    ) -> None:
+        self._block_size, self._max_blocks = block_size, max_blocks
+        self._tables, self._buckets = tables, buckets
         # The decodes of the last step: their first positions by row, the steps since then, and the rows that begin a
         # block in step i, i + block_size, ...
         self._decodes: DecodeBatch | None = None
@@ -39,8 +43,9 @@ class StepInputs:
         self._num_steps = 0
         self._crossings: list[list[int]] = []
         self._num_positions = 0  # the tokens of the longest decode
+        self._num_padded = 0  # the rows of a step of decodes with those of padding, 0 if they are not filled
         self._last_rows: Sequence[int] | None = None
-        self._views: dict[tuple[int, int, int], Inputs] = {}
+        self._views: dict[tuple[int, int, int, int], Inputs] = {}
         self._num_tokens = self._num_sequences = 0
         self._reserve(1, 1)
 
@@ -53,7 +58,11 @@ class StepInputs:
         num_decodes = len(decodes)
         num_tokens = num_decodes + sum(chunk.num_tokens for chunk in chunks)
         num_sequences = num_decodes + len(chunks)
-        self._reserve(max(num_tokens, len(rows)), num_sequences)
+        if self._buckets is None:
+            self._reserve(max(num_tokens, len(rows)), num_sequences)
+        else:
+            padded = self._buckets.num_rows(num_decodes)
+            self._reserve(max(num_tokens, len(rows), padded), max(num_sequences, padded))
         if not num_decodes:
             self._decodes = None  # the chunks overwrite the rows of the last decodes
         elif decodes is self._decodes:
@@ -69,14 +78,42 @@ class StepInputs:
         if rows is not self._last_rows:
             self._rows[: len(rows)] = rows
             self._last_rows = rows
-        return self._inputs(num_tokens, num_sequences, len(rows))
+            self._num_padded = 0
+        if self._buckets is None:
+            return self._inputs(num_tokens, num_sequences, len(rows), self._max_blocks)
+        width = self._buckets.width(-(-self._longest(num_decodes, chunks) // self._block_size))
+        if chunks or len(rows) != num_decodes:
+            self._num_padded = 0
+            return self._inputs(num_tokens, num_sequences, len(rows), width)
+        padded = self._pad(num_decodes, self._buckets)
+        return self._inputs(padded, padded, padded, width)
+
+    def _longest(self, num_decodes: int, chunks: Sequence[SequenceChunk]) -> int:
+        """The tokens of the longest sequence of the step."""
+        longest = self._num_positions if num_decodes else 1
+        return max([longest, *(chunk.start + chunk.num_tokens for chunk in chunks)])
+
+    def _pad(self, num_decodes: int, buckets: Buckets) -> int:
+        """Fills the rows after the decodes with padding; returns the number of all rows."""
+        end = buckets.num_rows(num_decodes)
+        if end == num_decodes or end == self._num_padded:
+            return end
+        padding = slice(num_decodes, end)
+        self._ids[padding] = self._pos[padding] = 0
+        self._seq_lens[padding] = 1
+        self._slots[padding] = buckets.padding_block * self._block_size
+        self._block_table[padding, 0] = buckets.padding_block
+        self._q_start[: end + 1] = self._counts[: end + 1]
+        self._rows[padding] = self._counts[padding]
+        self._num_padded = end
+        return end
 
     def _start_decodes(self, decodes: DecodeBatch) -> None:
         """Fills the rows of sequences that differ from those of the last decode step."""
         n, size = len(decodes), self._block_size
         self._decodes = decodes
         self._positions = [sequence.num_tokens - 1 for sequence in decodes]
-        self._num_steps = 0
+        self._num_steps = self._num_padded = 0
         self._num_positions = max(self._positions) + 1
         self._tables.fill(self._num_positions)
         self._crossings = [[] for _ in range(size)]
@@ -147,22 +184,22 @@ class StepInputs:
         self._block_table = table
         self._counts = np.arange(length, dtype=np.int32)
         self._decodes = self._last_rows = None
+        self._num_padded = 0
         self._views.clear()
 
-    def _inputs(self, num_tokens: int, num_sequences: int, num_rows: int) -> Inputs:
-        """Views of the buffers in the sizes of the step; for another device, copies of them.
+    def _inputs(self, num_tokens: int, num_sequences: int, num_rows: int, width: int) -> Inputs:
+        """Views of the buffers in the sizes of the step.
 
         Views are kept, because slicing every tensor in each step costs several microseconds.
         """
-        key = num_tokens, num_sequences, num_rows
+        key = num_tokens, num_sequences, num_rows, width
         inputs = self._views.get(key)
         if inputs is None:
             lengths = dict.fromkeys(("ids", "pos", "slots"), num_tokens) | {"rows": num_rows}
             lengths |= {"seq_lens": num_sequences, "block_table": num_sequences, "q_start": num_sequences + 1}
             inputs = {name: tensor[: lengths[name]] for name, tensor in self._tensors.items()}
+            inputs["block_table"] = self._tensors["block_table"][:num_sequences, :width]
             if len(self._views) >= MAX_KEPT_VIEWS:
                 self._views.clear()
             self._views[key] = inputs
-        if self._device.type == "cpu":
-            return inputs
-        return {name: None if x is None else x.to(self._device) for name, x in inputs.items()}
+        return inputs

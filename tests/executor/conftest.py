@@ -47,7 +47,7 @@ class TinyModel:
 
     def steps(self) -> Iterator[tuple[Stage, Inputs]]:
         """Yields steps of all stages and of several sizes; run each before requesting the next."""
-        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"), self.tables)
+        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, self.tables)
         one = WorkerSequence("one", [5, 6, 7, 8, 9], [3], block_ids=[2, 3, 11])
         two = WorkerSequence("two", [*range(1, 10)], block_ids=[0, 1, 4])
         three = WorkerSequence("three", [*range(20, 45)], block_ids=[5, 6, 7, 8, 9, 10, 2])

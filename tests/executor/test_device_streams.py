@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,9 +17,8 @@ from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.writer import GraphWriter
-from sageLLM.runtime.executor import cuda_graphs
-from sageLLM.runtime.executor.cuda_graphs import GraphedPlan
-from sageLLM.runtime.executor.device_streams import CudaApi
+from sageLLM.runtime.executor.cuda_graphs import DeviceBuffers, GraphedPlan
+from sageLLM.runtime.executor.device_api import CudaApi
 from sageLLM.runtime.executor.torch_plan import Plan
 
 from ..passes.op_graphs import TWO_RANKS, op_graphs, random_values, run, same_bits
@@ -142,56 +142,76 @@ def test_a_value_that_two_streams_use_lives_to_the_end() -> None:
     assert alive[-1] == (True, False), "the value of one stream is freed after its last use"
 
 
-class FakeGraph:
-    """A CUDA graph that runs its captured step again."""
+class CapturingApi(StreamApi):
+    """The device with memory and graphs: a graph runs its work again when it is replayed."""
 
-    again: Any = None
+    def __init__(self, log: list[tuple[Stream, int, dict[Stream, int]]]) -> None:
+        super().__init__()
+        self.log = log
+        self.captured: list[int] = []
 
-    def replay(self) -> None:
-        self.again()
+    def ints(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32)
 
+    host_ints = device_ints = ints
 
-def test_a_bucket_is_captured_once_with_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    g = GraphWriter("decode", level="kernel", stage="decode", dtype="f32")
-    x, rows = g.input("x", "f32", B, 8), g.input("rows", "i32", B)
-    table = g.input("block_table", "i32", B, MB)
-    a = ops.add(g, x, x)
-    b, c = ops.scale(g, a, factor=2.0), ops.mul(g, a, x)
-    graph = g.finish([ops.add(g, b, c)])
-    graph.inputs |= {"rows": rows, "block_table": table}
-    graph.nodes[b.name].stream_id = 1
-    api, log, captured = StreamApi(), [], []
+    def new_event(self) -> Any:
+        return DoneEvent()
 
-    @contextmanager
-    def capture(graph: FakeGraph, pool: object) -> Iterator[None]:
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, work: Any) -> tuple[Any, list[torch.Tensor]]:
         """As torch's: another stream is current; the work of all streams must have joined it at the end."""
-        stream, start = Stream(api), len(log)
-        with api.use(stream):
-            yield
-        assert all(stream.done.get(one, 0) >= count for one, count, _ in log[start:])
-        captured.append(len(log) - start)
+        stream, start = Stream(self), len(self.log)
+        with self.use(stream):
+            outputs = work()
+        assert all(stream.done.get(one, 0) >= count for one, count, _ in self.log[start:])
+        self.captured.append(len(self.log) - start)
+        return Replayed(lambda: [x.copy_(y) for x, y in zip(outputs, work(), strict=True)]), outputs
 
-    for name, value in {
-        "CUDAGraph": FakeGraph,
-        "graph": capture,
-        "graph_pool_handle": object,
-        "synchronize": int,
-    }.items():
-        monkeypatch.setattr(cuda_graphs.torch.cuda, name, value)
-    plan = GraphedPlan(graph, recording(api, log), {}, api)
 
-    def replay(self: Any, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
-        return Plan.run(plan, self.inputs)
+class DoneEvent(Event):
+    """An event of streams, or of copies, which are done at once."""
 
-    monkeypatch.setattr(cuda_graphs.CapturedGraph, "replay", replay)
-    for num_rows, width in ((3, 2), (4, 2), (3, 1), (2, 1)):
-        values = torch.rand(num_rows, 8)
-        step = {"x": values, "rows": torch.arange(num_rows, dtype=torch.int32)}
-        (found,) = plan.run({**step, "block_table": torch.zeros(num_rows, width, dtype=torch.int32)})
-        torch.testing.assert_close(found, 4 * values + 2 * values * values)
-    assert captured == [4, 4, 4], "buckets of 4 rows and 2 blocks, 4 and 1, 2 and 1"
+    def record(self, stream: Stream | None = None) -> None:
+        if stream is not None:
+            super().record(stream)
+
+    def query(self) -> bool:
+        return True
+
+
+@dataclass
+class Replayed:
+    replay: Any
+
+
+def test_a_bucket_is_captured_once_with_its_streams() -> None:
+    g = GraphWriter("decode", level="kernel", stage="decode", dtype="f32")
+    ids, table, w = g.input("ids", "i32", B), g.input("block_table", "i32", B, MB), g.weight("w", "f32", 9, 8)
+    a = ops.embedding(g, ids, w)
+    b, c = ops.scale(g, a, factor=2.0), ops.mul(g, a, a)
+    graph = g.finish([ops.add(g, b, c)])
+    graph.inputs |= {"block_table": table}
+    graph.nodes[b.name].stream_id = 1
+    log: list[tuple[Stream, int, dict[Stream, int]]] = []
+    api, values = CapturingApi(log), torch.rand(9, 8)
+    plan = GraphedPlan(graph, recording(api, log), {"w": values}, DeviceBuffers(api))
+    steps = [(4, 2), (4, 1), (2, 1)]
+    for is_captured in (False, True):
+        for num_rows, width in steps:
+            chosen = torch.randint(0, 9, (num_rows,), dtype=torch.int32)
+            step = {"ids": chosen, "block_table": torch.zeros(num_rows, width, dtype=torch.int32)}
+            if not is_captured:
+                plan.capture(step)
+            log.clear()
+            (found,) = plan.run(step)
+            torch.testing.assert_close(found, 2 * values[chosen] + values[chosen] ** 2)
+    assert api.captured == [4, 4, 4]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")

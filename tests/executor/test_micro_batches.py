@@ -43,7 +43,7 @@ def steps() -> Sequence[Step]:
 def run(tiny: Any, num_parts: int, make_plan: Any) -> list[list[Tensor]]:
     """The outputs and the caches after each step."""
     bound, plans, found = tiny.bound(), {}, []
-    whole = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"), tiny.tables)
+    whole = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, tiny.tables)
     parts = MicroBatchInputs(num_parts)
     for stage, decodes, chunks, rows in steps():
         if stage not in plans:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.worker.sequences import MAX_KEPT_STEPS, DecodeBatch, SequenceChunk, WorkerSequence
@@ -57,7 +56,7 @@ def test_reused_inputs_equal_fresh_ones(mode: str) -> None:
     llm = LLM(MODEL, scheduler=config, block_size=BLOCK_SIZE, num_kv_blocks=40, max_model_len=96, skip_tokenizer=True)
     executor = llm.engine.executor
     runners = {id(worker): worker.runner for worker in (executor.prefiller, executor.decoder)}.values()
-    checks = [Checked(BLOCK_SIZE, 96 // BLOCK_SIZE, torch.device("cpu"), llm.model.tables) for _ in runners]
+    checks = [Checked(BLOCK_SIZE, 96 // BLOCK_SIZE, llm.model.tables) for _ in runners]
     for runner, check in zip(runners, checks, strict=True):
         runner.step_inputs = check
     prompts = [[10 + i + t for t in range(3 + 5 * i)] for i in (*range(8), 12)]

@@ -1,0 +1,121 @@
+"""The step on a GPU, on a device that records its operations: copies, waits, allocations and captures."""
+
+import itertools
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.generated.kernels.reference import KERNELS
+from sageLLM.runtime.executor.buckets import Buckets, row_buckets, table_widths
+from sageLLM.runtime.executor.token_reader import TokenReader, marked_tokens
+
+from .recorded_device import MODEL, RecordedDevice, counted, llm_on
+
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+SIZES = {"block_size": 4, "max_model_len": 200, "num_kv_blocks": 120}
+
+
+def scheduler(mode: str) -> PDSchedulerConfig:
+    return PDSchedulerConfig(mode=mode, max_decode_batch_size=6, max_prefill_tokens=32, prefill_chunk_size=16)
+
+
+def test_a_steady_decode_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait() -> None:
+    device = RecordedDevice()
+    llm = llm_on(device, scheduler=scheduler("time_share"), async_scheduling=False, **SIZES)
+    for number in range(3):
+        llm.engine.add(str(number), None, [5 + number, 7, 11], GREEDY)
+    for _ in range(6):
+        llm.engine.step()
+    for _ in range(20):  # blocks of 4 tokens: the tables grow meanwhile
+        with counted(device) as counts:
+            llm.engine.step(only_finished=True)
+        assert counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1}
+
+
+def test_the_next_step_is_planned_while_the_device_runs_this_one() -> None:
+    device = RecordedDevice()
+    llm = llm_on(device, scheduler=scheduler("time_share"), **SIZES)
+    executor = llm.engine.executor
+    submit, planned = executor.submit, threading.Semaphore(0)
+    orders, waits, is_planned = itertools.count(), itertools.count(), list[bool]()
+
+    def submit_counted(order: Any) -> Any:
+        pending = submit(order)
+        if next(orders):  # the first order is that of the step that waits first
+            planned.release()
+        return pending
+
+    def before_wait() -> None:
+        if next(waits) < 20:  # the last steps have no successor
+            is_planned.append(planned.acquire(timeout=10))
+
+    executor.submit, device.before_wait = submit_counted, before_wait
+    llm.generate([[5, 7, 11]], GREEDY)
+    assert is_planned == [True] * 20
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "strict"])
+def test_serving_captures_nothing_and_returns_the_tokens_of_the_cpu(mode: str) -> None:
+    """Random prompts and lengths, also beyond the first width of the block table; the work of a step starts late."""
+    device, draw = RecordedDevice(), random.Random(mode)
+    prompts = [[draw.randrange(3, 400) for _ in range(draw.choice([2, 9, 30, 150]))] for _ in range(8)]
+    params = [
+        SamplingParams(max_tokens=draw.randrange(1, 30), temperature=temperature, seed=3, n=2 if temperature else 1)
+        for temperature in [0.0] * 5 + [0.7] * 3
+    ]
+    options: dict[str, Any] = {**SIZES, "scheduler": scheduler(mode)}
+    llm = llm_on(device, **options)
+    at_load = device.counts.copy()
+    assert at_load["captures"] == len(row_buckets(6)) * len(table_widths(50))
+    found = llm.generate(prompts, params)
+    assert device.counts["captures"] == at_load["captures"]
+    assert device.counts["allocations"] <= at_load["allocations"]
+    assert device.counts["replays"] > 20
+    expected = LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True, **options).generate(
+        prompts, params
+    )
+    assert [[one.token_ids for one in output.outputs] for output in found] == [
+        [one.token_ids for one in output.outputs] for output in expected
+    ]
+
+
+def test_a_row_that_is_not_finite_ends_its_request_alone() -> None:
+    device = RecordedDevice()
+
+    def spoiled(hidden: torch.Tensor, *rest: Any, **attrs: Any) -> Any:
+        values, _ = KERNELS["lm_head_sample"](hidden, *rest, **attrs)
+        if len(values) > 1:
+            values[0] = torch.nan
+        return values, values.argmax(-1)
+
+    llm = llm_on(device, {"lm_head_sample": spoiled}, scheduler=scheduler("time_share"), **SIZES)
+    first, second = llm.generate([[5, 7], [6, 8, 9]], GREEDY)
+    assert (first.outputs[0].finish_reason, second.outputs[0].finish_reason) == ("abort", "length")
+    assert len(second.outputs[0].token_ids) == GREEDY.max_tokens
+
+
+def test_failed_rows_are_marked_in_the_tokens() -> None:
+    values = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf], [3.0, 0.0]])
+    marked = marked_tokens(values, values.argmax(-1))
+    assert marked.tolist() == [1, -1, -1, -1, 0]
+    assert marked_tokens(values, values.argmax(-1), torch.tensor([1.0] * 4 + [torch.nan])).tolist()[-1] == -1
+    device = RecordedDevice()
+    pending = TokenReader(device).start(marked)
+    assert pending.read(5) == ([1, 0, 0, 0, 0], [1, 2, 3])
+    assert pending.rows(slice(3, 4)).read(1) == ([0], [0])
+
+
+def test_buckets() -> None:
+    assert row_buckets(1) == (1,)
+    assert row_buckets(6) == (1, 2, 4, 8)
+    assert row_buckets(10**6)[-1] == 256
+    assert table_widths(20) == (20,)
+    assert table_widths(8192) == (32, 128, 512, 2048, 8192)
+    buckets = Buckets(row_buckets(6), table_widths(40), padding_block=3)
+    assert [buckets.num_rows(count) for count in (1, 3, 8, 9)] == [1, 4, 8, 9]
+    assert [buckets.width(count) for count in (1, 32, 33, 40)] == [32, 32, 40, 40]
+    assert next(buckets.descending()) == (8, 40)
