@@ -123,6 +123,9 @@ planner-cases: $(TEST_READY) ## Compare the planner's choices with exhaustive se
 dynamo: need-DYNAMO_PYTHON $(TEST_READY) ## Run a worker with the frontend of NVIDIA Dynamo, by DYNAMO_PYTHON, a Python with ai-dynamo and this package's dependencies
 	SAGELLM_DYNAMO_PYTHON="$(DYNAMO_PYTHON)" $(PYTEST) tests/deploy/test_dynamo.py
 
+nixl: need-NIXL_PYTHON ## Run the tests of KV transfers over NIXL by NIXL_PYTHON, a Python with nixl and this package's dependencies of testing
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 "$(NIXL_PYTHON)" -m pytest tests/transport tests/parallel/test_prefill_decode.py -k nixl
+
 two-hosts: $(TEST_READY) ## Run a deployment by its torchrun commands on two hosts, which are network namespaces; as root
 	SAGELLM_TWO_HOSTS=1 $(PYTEST) tests/deploy/test_two_hosts.py
 

@@ -111,7 +111,7 @@ class EngineOptions:
     ] = None
     decode_block_size: Annotated[int | None, Option("Tokens per KV block of decode workers.")] = None
     kv_transport: Annotated[
-        Literal["shared_memory", "tcp"], Option("Transport of KV from prefill to decode workers.")
+        Literal["shared_memory", "tcp", "nixl"], Option("Transport of KV from prefill to decode workers.")
     ] = "shared_memory"
     kv_load_failure_policy: Annotated[
         Literal["recompute", "fail"], Option("Treatment of requests with KV that cannot be copied.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from sageLLM.runtime.deploy.placement import DeployError, Placement, Role
 
-TRANSPORTS = {"shm": "shared_memory", "tcp": "tcp"}
+TRANSPORTS = {"shm": "shared_memory", "tcp": "tcp", "nixl": "nixl"}
 """Transports of a deployment, and the values of `--kv-transport`."""
 
 
@@ -101,8 +101,6 @@ def pd_options(placement: Placement, prefill: Role, decode: Role) -> dict[str, o
         if role.tp > 1:
             options[f"{role.name}_tensor_parallel_size"] = role.tp
     if placement.transport != "auto":
-        if placement.transport not in TRANSPORTS:
-            raise DeployError(f"{placement.name}: `transport` must be shm, tcp or auto here, got {placement.transport}")
         options["kv_transport"] = TRANSPORTS[placement.transport]
     return options
 

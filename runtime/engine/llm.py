@@ -115,8 +115,8 @@ class LLM:
     with `enable_expert_parallel` its experts.
 
     `prefill_workers` and `decode_workers`, in mode "strict", run so many workers of each role in processes of their
-    own, each at its own pace; the KV of a prompt is copied from one to the other by `kv_transport`, "shared_memory" or
-    "tcp" (docs/disaggregation.md). `prefill_tensor_parallel_size`, `decode_tensor_parallel_size` and
+    own, each at its own pace; the KV of a prompt is copied from one to the other by `kv_transport`, "shared_memory",
+    "tcp" or "nixl" (docs/disaggregation.md). `prefill_tensor_parallel_size`, `decode_tensor_parallel_size` and
     `decode_block_size` are those of the roles, by default the general ones. With `kv_load_failure_policy="fail"` a
     request ends when its KV cannot be transferred, instead of being computed again.
 

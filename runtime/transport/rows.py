@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import byref
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,7 +29,7 @@ class Span:
         self.num_tokens, self.block_size = num_tokens, block_size
         self.first = start % block_size
         self.index = torch.tensor(blocks, dtype=torch.int64)
-        self.runs = list(self._runs(blocks))
+        self.runs = self._runs(blocks)
 
     def _runs(self, blocks: Sequence[int]) -> list[tuple[int, int]]:
         cuts = [0, *(i for i, (a, b) in enumerate(pairwise(blocks), 1) if b != a + 1), len(blocks)]
@@ -74,11 +74,21 @@ class Rows:
         """Whether other heads are between the rows."""
         return self.num_heads < self.cache.shape[2]
 
+    def regions(self) -> Iterator[tuple[int, int]]:
+        """Contiguous memory in the order of the tokens: the offset in the cache, and the length, in bytes."""
+        token_bytes, size = self.cache.stride(1) * self.cache.itemsize, self.row_bytes
+        skipped = self.heads.start * self.cache.stride(2) * self.cache.itemsize
+        for first, length in self.span.runs:
+            if self.has_gaps:
+                yield from ((token * token_bytes + skipped, size) for token in range(first, first + length))
+            else:
+                yield first * token_bytes, length * size
+
     def parts(self) -> list[memoryview]:
-        """The memory of rows without gaps, in the order of the tokens."""
+        """The memory of all regions."""
         array: Any = self.cache.view(torch.uint8).numpy()
-        memory, size = memoryview(array).cast("B"), self.row_bytes
-        return [memory[first * size : (first + length) * size] for first, length in self.span.runs]
+        memory = memoryview(array).cast("B")
+        return [memory[start : start + length] for start, length in self.regions()]
 
     def native(self) -> NativeRows:
         """The rows for the C++ kernel; valid as long as the cache and the span."""

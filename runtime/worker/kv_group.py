@@ -10,15 +10,16 @@ from typing import Literal
 import msgspec
 import torch
 
-from sageLLM.runtime.transport.base import KVTransport, Place, Report
+from sageLLM.runtime.transport.base import Place, Report
 from sageLLM.runtime.transport.handle import PieceKey, SignedHandle
 from sageLLM.runtime.transport.memory import MemoryTransport
+from sageLLM.runtime.transport.nixl import NixlTransport
 from sageLLM.runtime.transport.rows import DigestName
 from sageLLM.runtime.transport.shards import Part, PoolShape, PoolShard, map_pool, part_of
 from sageLLM.runtime.transport.tcp import TcpTransport
 from sageLLM.runtime.worker.kv_pool import KVPool
 
-TransportName = Literal["shared_memory", "tcp"]
+TransportName = Literal["shared_memory", "tcp", "nixl"]
 
 
 class MemberSpec(msgspec.Struct, frozen=True):
@@ -76,6 +77,13 @@ class KVGroup(msgspec.Struct, frozen=True):
         part = self.parts()[worker][rank]
         return PoolShard(part, shape.block_size, *map_pool(self.members[worker].memory[rank], shape, dtype))
 
+    def pool_without_memory(self, dtype: torch.dtype, worker: int, rank: int) -> PoolShard:
+        """The pool of a rank of another worker on the device "meta", which has sizes and strides alone."""
+        shape = self.shape(worker, rank)
+        caches = [torch.empty(sizes, dtype=dtype, device="meta") for sizes in shape.sizes()]
+        keys, values = caches[: shape.num_layers], caches[shape.num_layers :]
+        return PoolShard(self.parts()[worker][rank], shape.block_size, keys, values)
+
 
 class PushKV(msgspec.Struct, tag="push_kv", frozen=True):
     """Command to all ranks of the source: copy their parts of a piece to the target's ranks at these addresses."""
@@ -100,21 +108,26 @@ class CancelKV(msgspec.Struct, tag="cancel_kv", frozen=True):
 KVCommand = PushKV | CheckKV | CancelKV
 
 
+def make_transport(group: KVGroup, place: Place, dtype: torch.dtype) -> MemoryTransport | TcpTransport | NixlTransport:
+    """The transport of a rank. Raises SageError if it cannot be used."""
+    if group.transport == "tcp":
+        return TcpTransport(place)
+    if group.transport == "nixl":
+        return NixlTransport(place, partial(group.pool_without_memory, dtype))
+    return MemoryTransport(place, partial(group.open_pool, dtype))
+
+
 class KVPort:
     """A rank's transport. `send` gets its reports, in a thread of the port."""
 
     def __init__(self, group: KVGroup, rank: int, pool: KVPool, send: Callable[[Report], None]) -> None:
+        """Raises SageError if the transport cannot be used."""
         self._rank = rank
         place = Place(group.worker, rank, group.epoch, group.parts(), group.key, group.digest)
-        self.address = ""
-        self._transport: KVTransport
-        if group.transport == "tcp":
-            self._transport = TcpTransport(place)
-            self.address = self._transport.address
-        else:
-            self._transport = MemoryTransport(place, partial(group.open_pool, pool.keys[0].dtype))
+        self._transport = make_transport(group, place, pool.keys[0].dtype)
         values = () if pool.shape.is_shared else pool.values
         self._transport.register(PoolShard(place.parts[group.worker][rank], pool.block_size, pool.keys, values))
+        self.address = "" if isinstance(self._transport, MemoryTransport) else self._transport.address
         threading.Thread(target=self._report, args=(send,), name="sagellm-kv-reports", daemon=True).start()
 
     def handle(self, command: KVCommand) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.transport.nixl import has_nixl
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13], [7] * 90]
@@ -100,28 +102,57 @@ def test_an_abandoned_stream_leaves_nothing(divided: LLM) -> None:
     assert_free(divided)
 
 
-def test_killed_workers_cost_no_request(alone: LLM, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture(scope="module", params=["shared_memory", *(["nixl"] if has_nixl() else [])])  # `make nixl`
+def several(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """Two prefill workers and a decode worker."""
+    llm = load(prefill_workers=2, decode_workers=1, kv_transport=request.param)
+    yield llm
+    llm.close()
+
+
+def test_a_worker_changes_its_role_while_it_serves(several: LLM, alone: LLM) -> None:
+    """From prefill to decode and back; requests arrive all the time, and it serves some in every role."""
+    engine, prompts = engine_of(several), PROMPTS * 8
+    expected = tokens(alone.generate(prompts, GREEDY))
+    answers: dict[int, tuple[int, ...]] = {}
+    roles: list[str] = []
+    names = iter(range(len(prompts)))
+    for name in islice(names, 8):
+        engine.add(str(name), None, prompts[name], GREEDY)
+    while engine.has_work:
+        for output in engine.step():
+            if output.finished:
+                answers[int(output.request_id)] = output.outputs[0].token_ids
+                for name in islice(names, 1):
+                    engine.add(str(name), None, prompts[name], GREEDY)
+        status = engine.workers()[1]
+        if status.num_requests and status.role not in roles[-1:]:
+            roles.append(status.role)
+            engine.set_role(1, "decode" if status.role == "prefill" else "prefill")
+    assert roles[:3] == ["prefill", "decode", "prefill"]
+    assert [[answers[name]] for name in range(len(prompts))] == expected
+    assert_free(several)
+
+
+def test_killed_workers_cost_no_request(several: LLM, alone: LLM, caplog: pytest.LogCaptureFixture) -> None:
     """One worker of each role dies, the second one while the first is started again."""
     expected = tokens(alone.generate(PROMPTS, GREEDY))
-    llm = load(prefill_workers=1, decode_workers=1)
     last: dict[str, RequestOutput] = {}
     emitted: dict[str, int] = {}
-    try:
-        ids = engine_of(llm).executor.process_ids
-        with caplog.at_level(logging.ERROR, "sagellm"):
-            for count, output in enumerate(llm.stream(PROMPTS, GREEDY)):
-                if count in (2, 40):
-                    os.kill(ids[count == 40], signal.SIGKILL)
-                last[output.request_id] = output
-                num = len(output.outputs[0].token_ids)
-                assert num > emitted.get(output.request_id, 0), "a token was emitted twice"
-                emitted[output.request_id] = num
-        assert sorted(tokens(list(last.values()))) == sorted(expected)
-        assert [status.epoch for status in engine_of(llm).workers()] == [1, 1]
-        assert "was killed by signal 9" in caplog.text
-        assert_free(llm)
-    finally:
-        llm.close()
+    roles = [status.role for status in engine_of(several).workers()]
+    ids = [engine_of(several).executor.process_ids[roles.index(role)] for role in ("prefill", "decode")]
+    with caplog.at_level(logging.ERROR, "sagellm"):
+        for count, output in enumerate(several.stream(PROMPTS, GREEDY)):
+            if count in (2, 40):
+                os.kill(ids[count == 40], signal.SIGKILL)
+            last[output.request_id] = output
+            num = len(output.outputs[0].token_ids)
+            assert num > emitted.get(output.request_id, 0), "a token was emitted twice"
+            emitted[output.request_id] = num
+    assert sorted(tokens(list(last.values()))) == sorted(expected)
+    assert sorted(status.epoch for status in engine_of(several).workers()) == [0, 1, 1]
+    assert "was killed by signal 9" in caplog.text
+    assert_free(several)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +164,7 @@ def test_killed_workers_cost_no_request(alone: LLM, caplog: pytest.LogCaptureFix
         ({"af": "1:1"}, "prefill_workers must not be combined with af"),
         ({"pipeline_parallel_size": 2}, "prefill_workers must not be combined with pipeline_parallel_size=2"),
         ({"kv_tier": "host"}, "prefill_workers must not be combined with kv_tier='host'"),
-        ({"kv_transport": "pigeon"}, "kv_transport must be one of shared_memory, tcp; got 'pigeon'"),
+        ({"kv_transport": "pigeon"}, "kv_transport must be one of shared_memory, tcp, nixl; got 'pigeon'"),
         ({"kv_load_failure_policy": "hope"}, "kv_load_failure_policy must be one of recompute, fail; got 'hope'"),
         ({"distributed_executor_backend": "uni"}, "'uni'"),
     ],

@@ -79,7 +79,7 @@ LAYERS = {
     "runtime/text/tokenizer_probe_worker.py": Layer(ours=(), others=frozenset({"tokenizers"})),  # so does this
     "runtime/sampling": runtime_layer("sampling", others="torch"),
     "runtime/grammar": runtime_layer("text", "sampling", "grammar", others="torch numpy", lazily="llguidance"),
-    "runtime/transport": runtime_layer("transport", "kernels", others="torch msgspec"),
+    "runtime/transport": runtime_layer("transport", "kernels", others="torch msgspec", lazily="nixl"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "grammar", "worker", others="torch numpy msgspec"),
     "runtime/worker/fingerprint.py": Layer(
         ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"), others=frozenset({"torch"})
