@@ -18,7 +18,12 @@ import httpx2
 import pytest
 from servers import MODEL
 
+from sageLLM.runtime.cli.status import read_metrics, status_lines
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the engine process in /proc")
+
+
+WORKERS = ("--pd", "strict", "--prefill-workers", "1", "--decode-workers", "1")
 
 
 class ServeProcess:
@@ -65,7 +70,7 @@ class ServeProcess:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServeProcess]:
-    found = ServeProcess("--log-format", "json")
+    found = ServeProcess("--log-format", "json", *WORKERS)
     yield found
     if found.process.poll() is None:  # a test has failed, perhaps with a stopped engine, which does not see its end
         os.kill(found.engine_id, signal.SIGKILL)
@@ -98,7 +103,14 @@ def test_a_killed_engine(server: ServeProcess) -> None:
     assert server.http.get("/livez").status_code == 200
     wait_until(lambda: server.http.get("/readyz").status_code == 200)
     assert server.engine_id != killed
+    assert workers_of(server) == ["worker 0: prefill  running", "worker 1: decode   running"]
     assert [json.loads(x)["choices"] for x in server.stream(8)[:-1]] == [json.loads(x)["choices"] for x in answer[:-1]]
+
+
+def workers_of(server: ServeProcess) -> list[str]:
+    """The lines of workers that `sagellm status` prints, up to the state."""
+    wait_until(lambda: len(status_lines(read_metrics(server.url, None))) > 2)
+    return [line[:26].strip() for line in status_lines(read_metrics(server.url, None))[2:]]
 
 
 def queued(server: ServeProcess) -> float:
