@@ -5,8 +5,11 @@
 from sageLLM.runtime.core.cost import Hardware
 
 from .a100 import A100
+from .b200 import B200
 from .cpu import CPU
 from .h100 import H100
+from .h200 import H200
+from .mi300x import MI300X
 from .rtx_4090 import RTX_4090
 from .rtx_pro_6000 import RTX_PRO_6000
 
@@ -14,8 +17,11 @@ __all__ = ["HARDWARE"]
 
 HARDWARE: dict[str, Hardware] = {
     "a100": A100,
+    "b200": B200,
     "cpu": CPU,
     "h100": H100,
+    "h200": H200,
+    "mi300x": MI300X,
     "rtx_4090": RTX_4090,
     "rtx_pro_6000": RTX_PRO_6000,
 }

@@ -59,6 +59,10 @@ class EngineOptions:
     num_kv_blocks: Annotated[
         int | None, Option("KV blocks of each pool (default: 1 GiB, or the longest sequence).", parser=parse_count)
     ] = None
+    gpu_memory_utilization: Annotated[
+        float, Option("Fraction of a GPU's memory for weights, steps and KV, without --num-kv-blocks.")
+    ] = 0.9
+    enforce_eager: Annotated[bool, Option("Capture no CUDA graphs.")] = False
     enable_prefix_caching: Annotated[bool, Option("Reuse the KV of equal prompt prefixes.")] = True
     swap_space: Annotated[float, Option("GiB of host memory to which preempted requests are swapped.")] = 0.0
     disk_space: Annotated[float, Option("GiB of files to which preempted requests are swapped.")] = 0.0

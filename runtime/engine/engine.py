@@ -106,7 +106,7 @@ class Engine:
 
     def _make_scheduler(self) -> PDScheduler:
         config, model = self._config, self.model
-        chooser = make_chooser(self._compiler, model.device.type, self._objective) if config.mode == "auto" else None
+        chooser = make_chooser(self._compiler, model.device, self._objective) if config.mode == "auto" else None
         return PDScheduler(
             config,
             kv_budget=self._budget,

@@ -38,27 +38,43 @@ class KVCacheSize:
 
 
 def choose_kv_cache_size(
-    model: Model, config: PDSchedulerConfig, block_size: int, num_blocks: int | None, num_pools: int = 1
+    model: Model,
+    config: PDSchedulerConfig,
+    block_size: int,
+    num_blocks: int | None,
+    num_pools: int = 1,
+    device_bytes: int | None = None,
 ) -> KVCacheSize:
-    """The size that the user has chosen, or else as many blocks as fit in KV_CACHE_BYTES.
+    """The size that the user has chosen, or else as many blocks as fit in `device_bytes`, by default KV_CACHE_BYTES.
 
     The default is at most what a full batch of the longest sequences uses, and at least one sequence of the full model
     length: otherwise a request that the model accepts could never be scheduled. The `num_pools` pools of the workers
-    share the default, so that it does not depend on the mode.
+    share the default, so that it does not depend on the mode. On a GPU `device_bytes` are a limit: SageError if one
+    sequence does not fit.
     """
     block_bytes = bytes_per_block(model, block_size)
     if num_blocks is not None:
         return KVCacheSize(num_blocks, block_size, block_bytes, num_pools, "set by num_kv_blocks")
     longest = -(-model.max_model_len // block_size)
     full_batch = longest * config.max_decode_batch_size
-    affordable: int = KV_CACHE_BYTES // num_pools // block_bytes
-    default = f"the default size of {_shown_bytes(KV_CACHE_BYTES)}"
+    limit = KV_CACHE_BYTES if device_bytes is None else device_bytes
+    affordable: int = limit // num_pools // block_bytes
+    default = f"the default size of {_shown_bytes(limit)}"
+    change = "num_kv_blocks changes it"
+    if device_bytes is not None:
+        default, change = f"{_shown_bytes(limit)} of the GPU", "gpu_memory_utilization changes it"
     sequence = f"of max_model_len={model.max_model_len} tokens"
+    if affordable < longest and device_bytes is not None:
+        needed, fits = _shown_bytes(longest * block_bytes * num_pools), affordable * block_size
+        raise SageError(
+            f"one sequence {sequence} must fit in the KV cache, got {default} for {needed}; "
+            f"lower max_model_len to at most {fits}, or raise gpu_memory_utilization"
+        )
     if affordable < longest:
         reason = f"room for one sequence {sequence}, which takes more than {default}; lower max_model_len for less"
         return KVCacheSize(longest, block_size, block_bytes, num_pools, reason, exceeds_default=True)
     if affordable < full_batch:
-        return KVCacheSize(affordable, block_size, block_bytes, num_pools, f"{default}; num_kv_blocks changes it")
+        return KVCacheSize(affordable, block_size, block_bytes, num_pools, f"{default}; {change}")
     reason = f"room for max_decode_batch_size={config.max_decode_batch_size} sequences {sequence}"
     return KVCacheSize(full_batch, block_size, block_bytes, num_pools, reason)
 

@@ -23,6 +23,13 @@ from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.gpu_memory import (
+    check_utilization,
+    device_memory,
+    kv_cache_bytes,
+    step_bytes,
+    unloaded_bytes,
+)
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
 from sageLLM.runtime.engine.kv_events import KVEventPublisher, KVEventsConfig, read_config
 from sageLLM.runtime.engine.outputs import RequestOutput
@@ -69,14 +76,15 @@ class LLM:
 
     `kernels`: "auto" selects the best kernels of the device: on a CPU the generated C++ ("cpu"), compiled on first use,
     and on a GPU the generated Triton ("triton"). Without a compiler, or with "reference", the slower torch references
-    run. `kernel_stats()` reports the kernels in use. `plugins` are folders made by
-    `sagellm generate --specs ... --out FOLDER`. `disable_passes` names graph passes to skip.
+    run. `kernel_stats()` reports the kernels in use. `enforce_eager` captures no CUDA graphs. `plugins` are folders
+    made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names graph passes to skip.
 
-    KV cache: `num_kv_blocks` blocks in each pool (strict mode has two); by default 1 GiB in total, more only if the
-    longest sequence needs it. `kv_cache_size` states the size and its reason. `enable_prefix_caching` reuses the KV of
-    equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in `disk_folder` (None: the
-    system's folder for temporary files); requests that are preempted when the pool is full are swapped there and need
-    not be computed again.
+    KV cache: `num_kv_blocks` blocks in each pool (strict mode has two); by default on a CPU 1 GiB in total, more only
+    if the longest sequence needs it, and on a GPU what `gpu_memory_utilization`, a fraction of all its memory, leaves
+    after the weights and the largest step. `kv_cache_size` states the size and its reason. `enable_prefix_caching`
+    reuses the KV of equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in
+    `disk_folder` (None: the system's folder for temporary files); requests that are preempted when the pool is full are
+    swapped there and need not be computed again.
 
     `kv_tier`, "host" or "disk", adds `kv_tier_space` GiB of host memory or of a file for running requests: blocks for
     which the pool has no room lie there, and each step loads those that it reads layer by layer (docs/tiers.md).
@@ -137,6 +145,8 @@ class LLM:
         max_model_len: int | None = None,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
         swap_space: float = 0.0,
         disk_space: float = 0.0,
@@ -178,6 +188,7 @@ class LLM:
         check_count("block_size", block_size)
         if num_kv_blocks is not None:
             check_count("num_kv_blocks", num_kv_blocks)
+        check_utilization(gpu_memory_utilization)
         weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device)
         parallelism = choose_parallelism(
             tensor_parallel_size=tensor_parallel_size,
@@ -228,12 +239,19 @@ class LLM:
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
         if af is not None and not self.model.generates:
             raise SageError(f"af must be None for {self.model.layout.name}, which computes embeddings")
-        self.compiler = make_compiler(self.model, registry, kernels, disable_passes)
+        self.compiler = make_compiler(self.model, registry, kernels, disable_passes, captures=not enforce_eager)
         grammars = GrammarCompiler(folder, self.model.config.V, self.tokenizer)
         if self._backend == "uni":
             place_weights(self.model, self.compiler, folder, weights)
         num_pools = parallelism.num_pools(config.mode == "strict")
-        self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks, num_pools)
+        device_bytes = None
+        if num_kv_blocks is None and self.model.generates and (memory := device_memory(torch_device)) is not None:
+            reserved = step_bytes(self.model, self.compiler, config, block_size)
+            reserved += unloaded_bytes(self.model) if self._backend == "mp" else 0
+            device_bytes = kv_cache_bytes(memory, gpu_memory_utilization, reserved)
+        self.kv_cache_size = choose_kv_cache_size(
+            self.model, config, block_size, num_kv_blocks, num_pools, device_bytes
+        )
         budget = KVBudget(
             self.kv_cache_size.num_blocks,
             block_size,
@@ -266,6 +284,7 @@ class LLM:
                 pp=pipeline_parallel_size,
                 max_num_seqs=config.max_decode_batch_size,
                 max_num_batched_tokens=config.max_prefill_tokens,
+                enforce_eager=enforce_eager,
             )
             self._engine, self._ffn_workers = start_engine(
                 spec,

@@ -9,7 +9,6 @@ from math import prod
 
 import torch
 
-from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.cost import Hardware, annotate
 from sageLLM.runtime.core.ir.dims import Dim, free_symbols
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
@@ -17,6 +16,7 @@ from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.core.passes.part_sizes import DIVIDED, sizes_of_part
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.execution_graph.batch import DecodeBatch, PrefillBatch, step_sizes
+from sageLLM.runtime.executor.device_hardware import hardware_of
 from sageLLM.runtime.executor.model_compiler import Schedule
 
 NUM_DECODES, CONTEXT_LEN, CHUNK_LEN = 16, 512, 512
@@ -73,8 +73,7 @@ def choose_schedule(
         overlap_transfers = device.type == "cpu" and _has_core_for_transfers(prod(ranks.values()))
     if not overlap_transfers:
         return None
-    hardware = HARDWARE["cpu" if device.type == "cpu" else "h100"]
-    return partial(schedule_streams, hardware=hardware, ranks=ranks)
+    return partial(schedule_streams, hardware=hardware_of(device), ranks=ranks)
 
 
 def _has_core_for_transfers(num_ranks: int) -> bool:

@@ -10,7 +10,10 @@ import pytest
 from sageLLM import LLM, PDSchedulerConfig
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.engine import kv_budget
+from sageLLM.runtime.engine import llm as llm_module
+from sageLLM.runtime.engine.gpu_memory import DeviceMemory, kv_cache_bytes, step_bytes, unloaded_bytes
 from sageLLM.runtime.engine.kv_budget import KVCacheSize, choose_kv_cache_size
+from sageLLM.runtime.errors import SageError
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 STRICT, HYBRID = PDSchedulerConfig(mode="strict"), PDSchedulerConfig(mode="hybrid")
@@ -70,3 +73,30 @@ def test_the_size_is_logged_and_a_warning_if_it_exceeds_the_default(
         larger = LLM(MODEL, dtype="float32", max_model_len=128, skip_tokenizer=True)
     sizes = [(record.levelname, record.message) for record in caplog.records if record.message.startswith("KV cache")]
     assert sizes == [("INFO", str(llm.kv_cache_size)), ("WARNING", str(larger.kv_cache_size))]
+
+
+def test_a_gpu_has_a_fraction_of_its_memory_less_what_is_used(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is that after the weights; the rest, with a step's memory, counts towards the fraction."""
+    memory, block = DeviceMemory(total=1000 * 2**20, free=700 * 2**20), kv_budget.bytes_per_block(llm.model, 16)
+    assert kv_cache_bytes(memory, 0.9, reserved=100 * 2**20) == 500 * 2**20
+    with pytest.raises(SageError, match="raise it, or lower max_num_batched_tokens or max_num_seqs"):
+        kv_cache_bytes(memory, 0.3, reserved=0)
+    monkeypatch.setattr(llm_module, "device_memory", lambda device: memory)
+    reserved = step_bytes(llm.model, llm.compiler, HYBRID, 16)
+    assert HYBRID.max_prefill_tokens * llm.model.config.H * 4 < reserved < 100 * 2**20
+    found = LLM(MODEL, dtype="float32", max_model_len=128, skip_tokenizer=True, gpu_memory_utilization=0.5)
+    limit = kv_cache_bytes(memory, 0.5, reserved)
+    assert found.kv_cache_size.num_blocks == min(limit // block, 128 // 16 * HYBRID.max_decode_batch_size)
+    explicit = LLM(MODEL, dtype="float32", num_kv_blocks=20, skip_tokenizer=True, gpu_memory_utilization=0.01)
+    assert explicit.kv_cache_size.reason == "set by num_kv_blocks"
+    with pytest.raises(SageError, match=r"must be above 0 and at most 1, got 1\.5"):
+        LLM(MODEL, gpu_memory_utilization=1.5)
+
+
+def test_one_sequence_must_fit_on_a_gpu(llm: LLM) -> None:
+    block = kv_budget.bytes_per_block(llm.model, 16)
+    found = choose_kv_cache_size(llm.model, HYBRID, 16, None, 1, 20 * block)
+    assert (found.num_blocks, found.reason.endswith("of the GPU; gpu_memory_utilization changes it")) == (20, True)
+    with pytest.raises(SageError, match="lower max_model_len to at most 112, or raise gpu_memory_utilization"):
+        choose_kv_cache_size(llm.model, HYBRID, 16, None, 1, 7 * block)
+    assert 0.9 < unloaded_bytes(llm.model) / (4 * llm.model.num_parameters) <= 1

@@ -76,6 +76,7 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "slo-tpot": "3",
         "block-size": "32",
         "num-kv-blocks": "40",
+        "gpu-memory-utilization": "0.8",
         "swap-space": "1",
         "disk-space": "2",
         "disk-folder": "/tmp/a",
@@ -111,6 +112,7 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "--no-async-scheduling",
         "--overlap-transfers",
         "--enable-expert-parallel",
+        "--enforce-eager",
     ]
     done = CliRunner().invoke(app, ["run", "folder", "--prompt", "a", *flags, *switches])
     assert (done.exit_code, done.stderr) == (1, "error: stop here\n")
