@@ -1,150 +1,144 @@
-"""Checks and times all Triton kernels and the engine on the local GPU, and writes one JSON file.
+"""Checks and times the Triton kernels and the engine on the local GPUs; ends by itself within 9.5 minutes.
 
-    python benchmarks/gpu.py --out out.json           on a machine with a GPU
-    python benchmarks/gpu.py --dry-run                in Triton's interpreter, on tiny sizes; times mean nothing
+    python benchmarks/gpu.py --out out.json               on a machine with one or more GPUs
+    python benchmarks/gpu.py --parts decode linear        some parts, in this order
+    python benchmarks/gpu.py --cache FOLDER               with a Triton cache that was filled elsewhere
+    python benchmarks/gpu.py --dry-run                    without a GPU: in Triton's interpreter, on tiny sizes
 
-Requires torch, triton, numpy, safetensors and tokenizers. Each figure is reported next to the ceilings that the same
-run measures (a copy, a large GEMM) and to the same work done by torch.
+Each part is a process with a time limit, because an illegal access ends the process that made it. A row is written to
+OUT.rows as soon as it is measured, and OUT is written after each part. With several GPUs the parts are divided among
+them. Requires torch, triton, numpy, safetensors and tokenizers; peers that are not installed are reported as errors.
 """
 
 import argparse
 import json
 import os
-import statistics
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "_dev"), str(ROOT / "tests/kernels/triton")]
+CHILD = Path(__file__).with_name("gpu_parts.py")
+SECONDS = 570.0
+"""The time of the whole run."""
+LIMITS = {
+    "ceilings": 60, "launchers": 150, "decode": 100, "linear": 100, "prefill": 90, "others": 90, "engine": 150,
+    "ranks": 90, "checks": 180,
+}  # fmt: skip
+"""Seconds of each part at most, in the order of their value: what comes late may be cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A command that appends its rows to a file."""
+
+    name: str
+    command: Sequence[str]
+    limit: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="run in the interpreter, on tiny sizes")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["checks", "kernels", "engine"])
-    parser.add_argument("--out", type=Path, help="also write the figures to this file")
+    parser.add_argument("--parts", nargs="*", default=[*LIMITS], choices=[*LIMITS], metavar="PART")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the file of the figures (gpu.json)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time of the whole run")
+    parser.add_argument("--cache", type=Path, help="folder of Triton's compiled kernels")
     arguments = parser.parse_args()
-    prepare(arguments.dry_run)  # before anything imports Triton
-    parts: dict[str, Callable[[bool], Any]] = {"checks": check, "kernels": time_kernels, "engine": time_engine}
-    report: dict[str, Any] = {"machine": machine(), "dry_run": arguments.dry_run}
-    for name, part in parts.items():
-        if name not in arguments.skip:
-            report[name] = part(arguments.dry_run)
-            text = json.dumps(report, indent=1)
-            if arguments.out:
-                arguments.out.write_text(text + "\n")  # after each part, in case a later one is cut off
-    print(text)
-
-
-def prepare(dry_run: bool) -> None:
-    os.environ["SAGELLM_CHECK_DEVICE"] = "cpu" if dry_run else "cuda"
-    if dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
-        from sageLLM.runtime.kernels.triton_interpreter import patch_interpreter
-
-        patch_interpreter()
-
-
-def machine() -> dict[str, Any]:
-    import torch
-    import triton
-    from machine import machine_facts
-
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    facts = {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30)} if gpu else {"gpu": None}
-    return {**machine_facts(), **facts, "triton": triton.__version__, "cuda": torch.version.cuda}
-
-
-def check(dry_run: bool) -> dict[str, Any]:
-    """The number of checks, and those that failed."""
-    import checks
-
-    found = list(checks.batch_invariance_findings() if dry_run else checks.findings())
-    bad = [
-        f"{one.op} {one.kind} {one.dtype}: error {one.error:.2f} {one.wrong}"
-        for one in found
-        if one.wrong or one.error > 1
+    rows = arguments.out.with_suffix(".rows")
+    rows.unlink(missing_ok=True)
+    extra = ["--dry-run"] if arguments.dry_run else []
+    parts = [
+        Part(name, [sys.executable, str(CHILD), name, "--rows", str(rows), *extra], LIMITS[name])
+        for name in arguments.parts
     ]
-    return {"checked": len(found), "failed": bad}
+    environ = {"PYTHONPATH": str(ROOT / "_dev")}
+    if arguments.cache:
+        environ["TRITON_CACHE_DIR"] = str(arguments.cache.resolve())
+    devices = [None] if arguments.dry_run else visible_devices()
+    run_parts(parts, devices, arguments.out, rows, arguments.seconds, environ)
 
 
-def time_kernels(dry_run: bool) -> dict[str, Any]:
-    """Microseconds of each call, and the share of the ceilings that it reaches."""
-    import torch
-    from gpu_kernels import TINY, Scale, works
-
-    from sageLLM.generated.kernels.triton import KERNELS
-
-    device = torch.device("cpu" if dry_run else "cuda")
-    copy, gemm = ceilings(dry_run, device)
-    table: dict[str, Any] = {"copy, TB/s": copy / 1e12, "bf16 GEMM, TFLOP/s": gemm / 1e12}
-    for work in works(KERNELS, TINY if dry_run else Scale(), device):
-        seconds = timed(work.ours, dry_run)
-        row: dict[str, Any] = {"us": seconds * 1e6, "share of copy": work.bytes / seconds / copy}
-        if work.flops:
-            row |= {"TFLOP/s": work.flops / seconds / 1e12, "share of GEMM": work.flops / seconds / gemm}
-        for name, peer in work.peers.items():
-            row[f"{name}, us"] = attempted(lambda peer=peer: timed(peer, dry_run) * 1e6)
-        table[work.name] = row
-    return table
-
-
-def ceilings(dry_run: bool, device: Any) -> tuple[float, float]:
-    """Bytes per second, read and written, of a copy; operations per second of a large GEMM in bf16."""
+def visible_devices() -> list[str | None]:
     import torch
 
-    count, side = (2**12, 64) if dry_run else (2**29, 8192)
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a = torch.randn(side, side, device=device).bfloat16()
-    return 2 * count / timed(lambda: target.copy_(source), dry_run), 2 * side**3 / timed(lambda: a @ a, dry_run)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    count = torch.cuda.device_count()
+    return [*named.split(",")][:count] if named else [str(i) for i in range(count)] or [None]
 
 
-def timed(call: Callable[[], Any], dry_run: bool) -> float:
-    """Median seconds of a call; a CUDA graph takes the launch overhead out of the time."""
-    import torch
+def run_parts(
+    parts: Sequence[Part],
+    devices: Sequence[str | None],
+    out: Path,
+    rows: Path,
+    seconds: float,
+    environ: Mapping[str, str],
+) -> dict[str, Any]:
+    """Runs the parts in order, one at a time on each device, and returns what was written to `out`."""
+    end = time.monotonic() + seconds
+    free: SimpleQueue[str | None] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+    report: dict[str, Any] = {"parts": {}, "rows": []}
 
-    call()
-    if dry_run:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            call()
-    times = []
-    for _ in range(15):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / REPEATS)
-    return statistics.median(times)
+    def run(part: Part) -> None:
+        device = free.get()
+        own = {} if device is None or part.name == "ranks" else {"CUDA_VISIBLE_DEVICES": device}
+        report["parts"][part.name] = run_part(part, {**environ, **own}, end)
+        free.put(device)
+        with rows.open("a") as file:
+            file.write("\n")  # ends the line that a killed part may have begun
+        report["rows"] = read_rows(rows)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(part.name, json.dumps(report["parts"][part.name]), flush=True)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        list(pool.map(run, parts))
+    return report
 
 
-REPEATS = 5
-
-
-def attempted(measure: Callable[[], float]) -> float | str:
-    """The figure, or the error of a peer that does not run here; our own kernels must run."""
+def run_part(part: Part, environ: Mapping[str, str], end: float) -> dict[str, Any]:
+    """Runs a part within its limit and the time that is left: its seconds, and how it ended."""
+    start = time.monotonic()
+    limit = min(part.limit, end - start)
+    if limit <= 1:
+        return {"seconds": 0.0, "ended": "not run: no time was left"}
+    process = subprocess.Popen(
+        part.command,
+        env={**os.environ, **environ},
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        return measure()
-    except Exception as error:
-        return repr(error)[:200]
+        _, errors = process.communicate(timeout=limit)
+        ended = "complete" if process.returncode == 0 else f"failed with status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        ended = f"stopped after {limit:.0f} s"
+    found = {"seconds": round(time.monotonic() - start, 1), "ended": ended}
+    return found if ended == "complete" else {**found, "stderr": errors[-2000:]}
 
 
-def time_engine(dry_run: bool) -> dict[str, Any]:
-    from gpu_engine import LLAMA_1B, TINY, engine_figures
-
-    if dry_run:
-        return engine_figures(TINY, "cpu", (1,), 2)
-    return engine_figures(LLAMA_1B, "cuda", (1, 32), 128)
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows so far; the last line of a process that was killed may be cut off."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
 if __name__ == "__main__":
