@@ -176,6 +176,15 @@ soak-server: $(TEST_READY) ## Send REQUESTS random requests to a server, cancel 
 	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py soak --requests $(REQUESTS)
 	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py overload
 
+# The planted bugs change functions of the scheduler while it runs, which compiled code does not allow.
+.PHONY: compiled
+compiled: $(TEST_READY) ## Build a wheel with a compiled scheduler and KV manager, install it in out/compiled, and run their tests
+	rm -rf out/wheel out/compiled
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(BIN)/python -m build --wheel --no-isolation --outdir out/wheel
+	$(PIP_INSTALL) --no-deps --no-index --target out/compiled out/wheel/*.whl
+	$(PYTEST) --override-ini "pythonpath=out/compiled tests/scheduler tests/sim" --ignore tests/scheduler/test_planted_bugs.py \
+	  tests/scheduler tests/kv tests/sim
+
 interpret: $(TEST_READY) ## Run all checks of the GPU kernels in Triton's interpreter, without a GPU; the suite runs a sample
 	SAGELLM_INTERPRET=all $(PYTEST) tests/kernels/triton/test_interpreter.py
 

@@ -45,6 +45,10 @@ class EngineError(RuntimeError):
     """A step failed for a reason that belongs to no single request; all requests in it have ended."""
 
 
+class SchedulerStalledError(RuntimeError):
+    """A step would compute nothing although requests wait and nothing is pending: a defect of the scheduler."""
+
+
 class SamplingParamsError(RequestError):
     """A sampling parameter has the wrong type or is out of range."""
 

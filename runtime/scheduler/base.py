@@ -7,6 +7,7 @@ token to each request with an `is_last` chunk; `scheduler.update_after_step(fini
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
+from sageLLM.runtime.errors import SchedulerStalledError
 from sageLLM.runtime.scheduler.batch import Batch, Chunk, KVBudget, KVMigration, ScheduleOutput, Stage
 from sageLLM.runtime.scheduler.policy import ByPriority, Policy
 from sageLLM.runtime.scheduler.queues import WaitingQueue
@@ -25,10 +26,6 @@ __all__ = [
     "SchedulerStalledError",
     "Stage",
 ]
-
-
-class SchedulerStalledError(RuntimeError):
-    """A step would compute nothing although requests wait and nothing is pending: a defect of the scheduler."""
 
 
 class BaseScheduler(ABC):

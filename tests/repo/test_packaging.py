@@ -1,5 +1,6 @@
 """Tests of the wheel, a wheel from the sdist and an editable install, each in a clean environment."""
 
+import ast
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 HATCH = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
 CACHES = {"__pycache__", ".cache"}
 INSTALL_OPTIONS = ("--no-deps", "--no-index", "--no-compile")  # modules are compiled when they are imported
+COMPILED = tuple(HATCH["targets"]["wheel"]["hooks"]["custom"]["packages"])
 FOLDERS = sorted(folder for folder in HATCH["targets"]["wheel"]["sources"] if folder != "_dev/sageLLM")
 
 
@@ -39,6 +41,20 @@ def test_every_link_is_shipped() -> None:
 def test_wheel_and_sdist_ship_the_same_files() -> None:
     assert HATCH["targets"]["wheel"]["only-include"] == HATCH["targets"]["sdist"]["only-include"]
     assert HATCH["dev-mode-dirs"] == ["_dev"]
+
+
+def test_compiled_classes_have_no_interpreted_subclass() -> None:
+    """With one, the wheel of `make compiled` could not be imported."""
+    compiled: set[str] = set()
+    bases: dict[str, Path] = {}
+    for path in (ROOT / "runtime").rglob("*.py"):
+        classes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ClassDef)]
+        if path.relative_to(ROOT).as_posix().startswith(COMPILED):
+            compiled.update(node.name for node in classes)
+        else:
+            bases.update({ast.unparse(base): path for node in classes for base in node.bases})
+    assert "BaseScheduler" in compiled
+    assert not {name: bases[name] for name in bases.keys() & compiled}
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -2,7 +2,6 @@
 
 import pytest
 
-from sageLLM.runtime.scheduler.admission import Admission
 from sageLLM.runtime.scheduler.base import (
     Batch,
     Chunk,
@@ -376,9 +375,9 @@ def test_a_failed_step_is_planned_again(fake_engine, mode) -> None:
     assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
 
 
-def test_a_step_that_plans_nothing_while_requests_wait_is_noticed(monkeypatch) -> None:
-    monkeypatch.setattr(Admission, "can_admit", lambda self, request: False)
-    scheduler = PDScheduler()
+def test_a_step_that_plans_nothing_while_requests_wait_is_noticed() -> None:
+    scheduler = PDScheduler(kv_budget=KVBudget(num_blocks=2))
+    scheduler.kv.decode.pool.take(2)  # blocks that no request will ever free
     assert scheduler.schedule().is_empty  # no request waits
     scheduler.add_request(Request("a", [1]))
     with pytest.raises(SchedulerStalledError, match=r"^nothing planned although requests wait: "):
