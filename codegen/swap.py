@@ -203,4 +203,6 @@ def _disk_error(error: OSError, out: Path) -> SpecErrors:
     where = f"{error.filename} {error.strerror}" if error.errno == 0 else error.strerror
     rest = "the next run completes the update" if is_interrupted(out) else "the tree is unchanged"
     message = f"the generated files could not be written: {where}; {rest}"
-    return SpecErrors([Diagnostic("SAGE501", message, help="free some space, or choose another --out")])
+    return SpecErrors(
+        [Diagnostic("SAGE501", message, help="make the folder writable, free some space, or choose another --out")]
+    )

@@ -44,6 +44,12 @@ def link_formula(text: Text, node: ast.expr, attrs: Mapping[str, Attr], declared
     return AttrFormula(ast.unparse(node), names, value=Checker(text, scope).expression(node))
 
 
+def how_to_define(name: str, attrs: Mapping[str, Attr]) -> str:
+    """The remedy for an unknown attr. The size of an operand can be computed with when it is an attr too."""
+    is_dim = name[0].isupper()
+    return f"add `{name}: {{type: dim}}` to `attrs`" if is_dim else did_you_mean(name, attrs) or "define the attr"
+
+
 class _Linker:
     """Checks the nodes of one formula."""
 
@@ -72,7 +78,7 @@ class _Linker:
     def _attr(self, name: str, node: ast.Name) -> str:
         attr = self.attrs.get(name)
         if attr is None:
-            raise self.refuse(f"unknown attr '{name}'", node, did_you_mean(name, self.attrs) or "define the attr")
+            raise self.refuse(f"unknown attr '{name}'", node, how_to_define(name, self.attrs))
         if attr.type not in _NUMBERS:
             raise self.refuse(f"'{name}' is {attr.type}, expected a number", node, "pass it on its own")
         if attr.optional:

@@ -12,7 +12,7 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.expr.value_names import why_not_a_value_name
-from sageLLM.codegen.link.attr_formulas import is_formula, link_formula
+from sageLLM.codegen.link.attr_formulas import how_to_define, is_formula, link_formula
 from sageLLM.codegen.load import Entry, fused_names
 from sageLLM.codegen.model.binding import Binding, TypeMismatch, bound_calls
 from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, Cost, OpDef, Operand, Scalar
@@ -146,7 +146,7 @@ class CallLinker:
                     raise text.refuse("SAGE120", message, node.value, f"make '{name}' {declared.type}")
                 return AttrName(name)
             case ast.Name(id=name):
-                raise text.refuse("SAGE104", f"unknown attr '{name}'", node.value, did_you_mean(name, self.attrs))
+                raise text.refuse("SAGE104", f"unknown attr '{name}'", node.value, how_to_define(name, self.attrs))
         if is_formula(node.value):
             return link_formula(text, node.value, self.attrs, declared, "SAGE106")
         help = "write an attr of this op, a constant, or a formula of both"

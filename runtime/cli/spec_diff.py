@@ -33,7 +33,7 @@ def _changed_files(old: Path, new: Path) -> list[str]:
         path.relative_to(tree).as_posix()
         for tree in (old, new)
         for path in tree.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.name != "MANIFEST.json"
+        if path.is_file() and not {"__pycache__", ".cache", "MANIFEST.json"}.intersection(path.parts)
     }
     marks = {(True, False): "removed", (False, True): "new"}
     lines = []
