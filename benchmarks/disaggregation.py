@@ -4,6 +4,8 @@
     python benchmarks/disaggregation.py bandwidth   # KV from pool to pool, by transport, beside memcpy and a raw socket
     python benchmarks/disaggregation.py streaming   # time to the first and the second token, with and without pieces
     python benchmarks/disaggregation.py recovery    # time until requests go on after a kill of a worker
+    python benchmarks/disaggregation.py roles       # time until a prefill worker decodes, and what the others notice
+    python benchmarks/disaggregation.py trace --out trace.json   # steps and transfers, for ui.perfetto.dev
 
 Checkpoints have random weights of --shape and are kept in --cache. Each mode is measured in a separate process, with as
 many threads as cores: two for one process, one each for a prefill and a decode worker on two cores.
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,14 @@ MODES: dict[str, dict[str, Any]] = {
     "time_share": {"mode": "time_share"},
     "auto": {"mode": "auto"},
 }
+FIGURES: dict[str, Sequence[str]] = {
+    "tail": [*MODES],
+    "streaming": ["pieces", "whole"],
+    "recovery": ["prefill", "decode"],
+    "roles": ["2+1 workers"],
+    "trace": ["strict, 1+1 workers"],
+}
+"""The figures, each with the names of its rows."""
 NUM_DECODES = 4
 PROMPT_LEN = 2000
 PROMPT_LENS = (256, 1024, 2040)
@@ -44,11 +55,12 @@ PROMPT_LENS = (256, 1024, 2040)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=["tail", "bandwidth", "streaming", "recovery"])
+    parser.add_argument("figure", choices=[*FIGURES, "bandwidth"])
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each phase of `tail`")
     parser.add_argument("--interval", type=float, default=6.0, help="seconds between two prompts of `tail`")
     parser.add_argument("--only", default="", help="modes of `tail` with this text in their names")
+    parser.add_argument("--out", type=Path, default=Path("trace.json"), help="file of `trace`")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sagellm-peers")
     options = parser.parse_args()
@@ -57,11 +69,10 @@ def main() -> None:
         return
     model = checkpoint(options.shape, options.cache)
     if options.one is not None:
-        measure = {"tail": measure_tail, "streaming": measure_streaming, "recovery": measure_recovery}[options.figure]
+        measure: Callable[[Path, str, argparse.Namespace], dict[str, Any]] = globals()[f"measure_{options.figure}"]
         print(json.dumps(measure(model, options.one, options)))
         return
-    names = {"tail": MODES, "streaming": ("pieces", "whole"), "recovery": ("prefill", "decode")}[options.figure]
-    for name in names:
+    for name in FIGURES[options.figure]:
         if options.only in name:
             print(f"{name:<28} {_in_process(name)}", flush=True)
 
@@ -207,6 +218,56 @@ def measure_recovery(model: Path, role: str, options: argparse.Namespace) -> dic
         "recovered_s": round(recovered - killed, 2),
         "longest_gap_of_decodes_ms": round(gaps[-1], 1) if gaps else None,
     }
+
+
+def measure_roles(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A prefill worker becomes a decode worker, and one of prefill again, while requests arrive all the time."""
+    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=2048)
+    limits: dict[str, Any] = {"skip_tokenizer": True, "max_model_len": 2048}
+    llm = LLM(model, scheduler=config, prefill_workers=2, decode_workers=1, **limits)
+    clock, engine = Clock(llm), llm.engine
+    names = [f"decode {i}" for i in range(NUM_DECODES)]
+    for index, one in enumerate(names):
+        clock.add(one, [5 + index, *range(7, 22)], 600)
+    switched: list[float] = []
+    num_added = 0
+    for role in ("decode", "prefill"):
+        engine.set_role(1, role)
+        asked = time.perf_counter()
+        while engine.workers()[1].role != role:
+            if num_added < 400 and time.perf_counter() > asked + num_added % 20 * 0.5:
+                clock.add(f"prompt {num_added}", [7 + (num_added * 31 + i) % 900 for i in range(200)], 8)
+                num_added += 1
+            clock.step()
+        switched.append(time.perf_counter() - asked)
+    end = time.perf_counter()
+    while engine.has_work:
+        clock.step()
+    gaps = clock.gaps(names, 0.0, end)
+    lost = sum(num < 8 for num in clock.num_tokens.values())
+    llm.close()
+    return {
+        "to_decode_s": round(switched[0], 2),
+        "to_prefill_s": round(switched[1], 2),
+        "requests": len(clock.times),
+        "lost": lost,
+        "longest_gap_of_decodes_ms": round(gaps[-1], 1),
+    }
+
+
+def measure_trace(model: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Writes a trace of decodes during which two prompts arrive."""
+    llm = load(model, mode)
+    clock, timeline = Clock(llm), llm.engine.record_timeline()
+    for index in range(NUM_DECODES):
+        clock.add(f"decode {index}", [5 + index, *range(7, 22)], 64)
+    for index in range(2):
+        clock.add(f"prompt {index}", list(range(3 + index, 1003 + index)), 8)
+    while llm.engine.has_work:
+        clock.step()
+    options.out.write_text(timeline.to_json([worker.role for worker in llm.engine.workers()]))
+    llm.close()
+    return {"steps": len(timeline.steps), "transfers": len(timeline.transfers), "file": str(options.out)}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from queue import Empty, SimpleQueue
 
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.pipeline import StepPipeline
+from sageLLM.runtime.engine.pd_timeline import Timeline
+from sageLLM.runtime.engine.pipeline import StepInFlight, StepPipeline
 from sageLLM.runtime.engine.sequences import Sequence as Answer
 from sageLLM.runtime.engine.transfer_desk import TransferDesk
 from sageLLM.runtime.errors import EngineError
@@ -21,7 +22,7 @@ from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
-from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler, LoadFailurePolicy, PushPiece
+from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler, LoadFailurePolicy, PieceId, PushPiece
 from sageLLM.runtime.scheduler.member import WorkerStatus
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.plan import Role
@@ -59,7 +60,7 @@ class RolePipeline(StepPipeline):
         *,
         plans_ahead: bool,
         on_lost: Callable[[str], None],
-        on_submitted: Callable[[StepResults], None],
+        on_submitted: Callable[[StepInFlight], None],
     ) -> None:
         super().__init__(scheduler, executor, sequences, tokenizer, plans_ahead=plans_ahead)
         self._on_lost, self._on_submitted = on_lost, on_submitted
@@ -70,7 +71,7 @@ class RolePipeline(StepPipeline):
             self._in_flight.append(step)
             if step.results is None:
                 break
-            self._on_submitted(step.results)
+            self._on_submitted(step)
         return self._in_flight[0].results if self._in_flight else None
 
     @property
@@ -115,6 +116,7 @@ class DisaggregatedPipeline:
     ) -> None:
         self._scheduler, self._executors, self._events = scheduler, executors, events
         self._sequences = sequences
+        self.timeline: Timeline | None = None
         self._desk = TransferDesk(group, executors, scheduler, time.monotonic, lease_seconds)
         self._starting: list[threading.Thread] = []
         self._pipelines = [
@@ -125,7 +127,7 @@ class DisaggregatedPipeline:
                 tokenizer,
                 plans_ahead=plans_ahead,
                 on_lost=partial(self._lose, member.number),
-                on_submitted=partial(_notify, events, member.number),
+                on_submitted=partial(self._notify, member.number),
             )
             for member, executor in zip(scheduler.members, executors, strict=True)
         ]
@@ -171,6 +173,8 @@ class DisaggregatedPipeline:
         for command in self._scheduler.dispatch():
             if isinstance(command, PushPiece):
                 self._desk.push(command)
+                if self.timeline is not None:
+                    self.timeline.push(command)
             else:
                 self._desk.cancel(command)
         for number, request_id in self._scheduler.take_moves():
@@ -211,6 +215,9 @@ class DisaggregatedPipeline:
     def _take(self, number: int, event: Report | BaseException | str | None) -> None:
         if isinstance(event, Report):
             self._desk.take(number, event)
+            piece = PieceId(*event.key)
+            if self.timeline is not None and not self._scheduler.is_in_flight(piece):
+                self.timeline.end_piece(piece, has_arrived=event.kind == "received")
         elif isinstance(event, BaseException):
             raise event
         elif event == "up":
@@ -218,6 +225,20 @@ class DisaggregatedPipeline:
             self._scheduler.worker_is_up(number)
         elif (reason := self._executors[number].lost) is not None and not self._pipelines[number].has_steps:
             self._lose(number, reason)
+
+    def _notify(self, number: int, step: StepInFlight) -> None:
+        """Lets the engine know of the end of a step."""
+        add_callback = getattr(step.results, "add_done_callback", None)
+        if add_callback is None:
+            return
+        submitted = time.monotonic()
+
+        def end(_: object) -> None:
+            if self.timeline is not None:
+                self.timeline.end_step(number, _name_of(step), submitted)
+            self._events.put((number, None))
+
+        add_callback(end)
 
     def _lose(self, number: int, reason: str) -> None:
         """A worker is lost: its requests are computed elsewhere, or when it has started again."""
@@ -243,11 +264,11 @@ def _restart(executor: ProcessExecutor, number: int, epoch: int, events: Events)
         events.put((number, "up"))
 
 
-def _notify(events: Events, number: int, results: StepResults) -> None:
-    """Lets the engine know of the end of a step."""
-    add_callback = getattr(results, "add_done_callback", None)
-    if add_callback is not None:
-        add_callback(lambda _: events.put((number, None)))
+def _name_of(step: StepInFlight) -> str:
+    """What a step computes, in a timeline."""
+    chunks = [chunk.num_tokens for part in step.parts for chunk in part.order.chunks]
+    num_decodes = sum(len(part.sampled) for part in step.parts if part.order.has_decodes)
+    return f"prefill of {sum(chunks)} tokens" if chunks else f"decode of {num_decodes}"
 
 
 class ExecutorGroup:
@@ -355,6 +376,11 @@ class DisaggregatedEngine(Engine):
             clock=time.monotonic,
             role=role,
         )
+
+    def record_timeline(self) -> Timeline:
+        """Records steps and transfers from now on."""
+        self._steps.timeline = Timeline()
+        return self._steps.timeline
 
     def workers(self) -> list[WorkerStatus]:
         """Number, role, state and load of each worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.pd_timeline import STEPS, TRANSFERS
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.transport.nixl import has_nixl
 
@@ -132,6 +134,25 @@ def test_a_worker_changes_its_role_while_it_serves(several: LLM, alone: LLM) -> 
     assert roles[:3] == ["prefill", "decode", "prefill"]
     assert [[answers[name]] for name in range(len(prompts))] == expected
     assert_free(several)
+
+
+def test_a_timeline_has_an_arrow_from_each_prefill_to_its_transfer(several: LLM) -> None:
+    engine = engine_of(several)
+    timeline = engine.record_timeline()
+    several.generate(PROMPTS, GREEDY)
+    events = json.loads(timeline.to_json([status.role for status in engine.workers()]))["traceEvents"]
+    by_phase = {phase: [one for one in events if one["ph"] == phase] for phase in "XsfM"}
+    transfers = [one for one in by_phase["X"] if one["tid"] == TRANSFERS]
+    assert {one["args"]["request"] for one in transfers} == {f"{i}/0" for i in range(len(PROMPTS))}
+    steps = [one for one in by_phase["X"] if one["tid"] == STEPS]
+    assert {one["name"].split()[0] for one in steps if one["pid"] == 2} == {"decode"}
+    ends = {one["id"]: one for one in by_phase["f"]}
+    for start in by_phase["s"]:
+        end = ends[start["id"]]
+        assert start["ts"] <= end["ts"] and end["pid"] == 2
+        if start["id"].endswith("sent"):
+            assert start["pid"] in (0, 1) and any(one["ts"] == end["ts"] for one in transfers)
+    assert len(ends) == len(by_phase["s"]) == 2 * len(transfers)
 
 
 def test_killed_workers_cost_no_request(several: LLM, alone: LLM, caplog: pytest.LogCaptureFixture) -> None:
