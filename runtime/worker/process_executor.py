@@ -312,7 +312,6 @@ def _read_reply(
     try:
         reply = decoder.decode(rank.connection.recv_bytes())
     except (EOFError, OSError):
-        time.sleep(0.01)  # for the exit code
         group.lose(rank.describe_end())
         return None
     if isinstance(reply, Report):

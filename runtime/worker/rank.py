@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from sageLLM.runtime.worker.worker_process import WorkerProcess
 
 END_SECONDS = 2.0
+EXIT_SECONDS = 1.0
+"""The wait for the exit code of a process that has closed its connection."""
 
 
 def hang_up(connection: Connection) -> None:
@@ -44,8 +46,8 @@ class Rank:
             self.process.wait()
 
     def describe_end(self) -> str:
-        """How the process has ended, in words."""
-        code = self.process.poll()
+        """How the process has ended, in words; it may take a moment to end after it has closed its connection."""
+        code = self.process.wait(EXIT_SECONDS)
         if code is None:
             return f"rank {self.rank} (process {self.process.pid}) closed its connection"
         how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
