@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--prefill-workers", type=int, default=2)
     parser.add_argument("--decode-workers", type=int, default=2)
     parser.add_argument("--transport", choices=["shared_memory", "tcp"], default="shared_memory")
+    parser.add_argument("--by-layer", action="store_true", help="copy the layers of a chunk while it is computed")
     parser.add_argument("--stop", action="store_true", help="stop workers instead of killing them")
     parser.add_argument("--simulated", type=int, metavar="TRANSFERS")
     parser.add_argument("--frames", type=int)
@@ -50,6 +51,7 @@ def main() -> None:
 def kill_workers(options: argparse.Namespace) -> int:
     """Streams the requests, with kills at random tokens; returns 1 after a wrong answer."""
     from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+    from sageLLM.runtime.scheduler.transfer import TransferConfig
 
     draw = random.Random(options.seed)
     prompts = [[draw.randrange(3, 400) for _ in range(draw.randrange(1, 120))] for _ in range(options.requests)]
@@ -57,7 +59,8 @@ def kill_workers(options: argparse.Namespace) -> int:
         SamplingParams(max_tokens=draw.randrange(8, 64), temperature=draw.choice([0.0, 1.0]), seed=index)
         for index in range(options.requests)
     ]
-    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=64, max_decode_batch_size=BATCH)
+    transfer = TransferConfig(by_layer=options.by_layer)
+    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=64, max_decode_batch_size=BATCH, transfer=transfer)
     arguments: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "scheduler": config}
     expected = [(o.outputs[0].token_ids, o.outputs[0].text) for o in LLM(MODEL, **arguments).generate(prompts, params)]
     llm = LLM(

@@ -42,7 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 FIGURES: dict[str, Sequence[str]] = {
     "tail": [*MODES],
-    "streaming": ["pieces", "whole"],
+    "streaming": ["layers", "pieces", "whole"],
     "recovery": ["prefill", "decode"],
     "roles": ["2+1 workers"],
     "trace": ["strict, 1+1 workers"],
@@ -50,7 +50,7 @@ FIGURES: dict[str, Sequence[str]] = {
 """The figures, each with the names of its rows."""
 NUM_DECODES = 4
 PROMPT_LEN = 2000
-PROMPT_LENS = (256, 1024, 2040)
+PROMPT_LENS = (256, 1024, 4096)
 
 
 def main() -> None:
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="of each phase of `tail`")
     parser.add_argument("--interval", type=float, default=6.0, help="seconds between two prompts of `tail`")
     parser.add_argument("--only", default="", help="modes of `tail` with this text in their names")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens of a prefill step of `streaming`")
     parser.add_argument("--out", type=Path, default=Path("trace.json"), help="file of `trace`")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sagellm-peers")
@@ -163,14 +164,25 @@ def _share(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def with_long_context(model: Path) -> Path:
+    """The same checkpoint with room for the longest prompt."""
+    folder = Path(tempfile.mkdtemp())
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": max(PROMPT_LENS) + 8}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def measure_streaming(model: Path, how: str, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds to the first token, and from it to the second, which waits for the transfer; medians of three."""
-    transfer = TransferConfig(stream=how == "pieces")
-    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=256, transfer=transfer)
+    transfer = TransferConfig(stream=how != "whole", by_layer=how == "layers")
+    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=options.chunk, transfer=transfer)
     llm = LLM(
-        model,
+        with_long_context(model),
         skip_tokenizer=True,
-        max_model_len=2048,
+        max_model_len=max(PROMPT_LENS) + 8,
         scheduler=config,
         enable_prefix_caching=False,
         prefill_workers=1,

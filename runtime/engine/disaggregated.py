@@ -22,6 +22,7 @@ from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.scheduler.batch import Chunk
 from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler, LoadFailurePolicy, PieceId, PushPiece
 from sageLLM.runtime.scheduler.member import WorkerStatus
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
@@ -61,9 +62,12 @@ class RolePipeline(StepPipeline):
         plans_ahead: bool,
         on_lost: Callable[[str], None],
         on_submitted: Callable[[StepInFlight], None],
+        on_chunks: Callable[[Sequence[Chunk], int], None],
     ) -> None:
+        """`on_chunks` is called before an order with chunks is submitted, with the number of the order, from 1."""
         super().__init__(scheduler, executor, sequences, tokenizer, plans_ahead=plans_ahead)
-        self._on_lost, self._on_submitted = on_lost, on_submitted
+        self._on_lost, self._on_submitted, self._on_chunks = on_lost, on_submitted, on_chunks
+        self._num_orders = 0
 
     def plan(self) -> StepResults | None:
         while len(self._in_flight) < self._max_in_flight and self._scheduler.can_plan:
@@ -73,6 +77,12 @@ class RolePipeline(StepPipeline):
                 break
             self._on_submitted(step)
         return self._in_flight[0].results if self._in_flight else None
+
+    def _submit(self, order: GroupOrder, chunks: Sequence[Chunk]) -> StepResults:
+        self._num_orders += 1
+        if chunks:
+            self._on_chunks(chunks, self._num_orders)
+        return super()._submit(order, chunks)
 
     @property
     def is_empty(self) -> bool:
@@ -96,6 +106,7 @@ class RolePipeline(StepPipeline):
     def abandon(self) -> None:
         """Forgets the steps in flight of a worker that is lost."""
         self._in_flight.clear()
+        self._num_orders = 0
         self._make_builders()
 
 
@@ -128,6 +139,7 @@ class DisaggregatedPipeline:
                 plans_ahead=plans_ahead,
                 on_lost=partial(self._lose, member.number),
                 on_submitted=partial(self._notify, member.number),
+                on_chunks=partial(self._push_planned, member.number),
             )
             for member, executor in zip(scheduler.members, executors, strict=True)
         ]
@@ -172,15 +184,22 @@ class DisaggregatedPipeline:
     def _dispatch(self) -> None:
         for command in self._scheduler.dispatch():
             if isinstance(command, PushPiece):
-                self._desk.push(command)
-                if self.timeline is not None:
-                    self.timeline.push(command)
+                self._push(command)
             else:
                 self._desk.cancel(command)
         for number, request_id in self._scheduler.take_moves():
             self._pipelines[number].forget(request_id)
         self._desk.kill_silent()
         self._desk.forget_arrived(self._scheduler.is_in_flight)
+
+    def _push_planned(self, number: int, chunks: Sequence[Chunk], order: int) -> None:
+        for command in self._scheduler.hand_out_planned(number, chunks):
+            self._push(command, order)
+
+    def _push(self, command: PushPiece, order: int = 0) -> None:
+        self._desk.push(command, order)
+        if self.timeline is not None:
+            self.timeline.push(command, by_layer=order > 0)
 
     def _finish(self) -> list[Answer]:
         changed: list[Answer] = []

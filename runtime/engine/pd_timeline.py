@@ -32,7 +32,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A piece that was verified, from the command to push it to the report of the last rank."""
+    """A piece that was verified, from the command to push it to the report of the last rank.
+
+    With `by_layer` it was pushed while its step ran.
+    """
 
     id: PieceId
     source: int
@@ -40,6 +43,7 @@ class Transfer:
     num_tokens: int
     start: float
     end: float
+    by_layer: bool
 
 
 class Timeline:
@@ -49,7 +53,7 @@ class Timeline:
         self.steps: list[Step] = []
         self.transfers: list[Transfer] = []
         self._last_end: dict[int, float] = {}
-        self._pushed: dict[PieceId, tuple[PushPiece, float]] = {}
+        self._pushed: dict[PieceId, tuple[PushPiece, float, bool]] = {}
 
     def end_step(self, worker: int, name: str, submitted: float) -> None:
         """A step has just ended; a worker computes its steps one after another."""
@@ -57,17 +61,17 @@ class Timeline:
         self._last_end[worker] = end
         self.steps.append(Step(worker, name, start, end))
 
-    def push(self, command: PushPiece) -> None:
-        """A piece begins."""
-        self._pushed[command.id] = command, time.monotonic()
+    def push(self, command: PushPiece, *, by_layer: bool) -> None:
+        """A piece begins, with `by_layer` before the step that computes it."""
+        self._pushed[command.id] = command, time.monotonic(), by_layer
 
     def end_piece(self, piece: PieceId, *, has_arrived: bool) -> None:
         """A piece has been verified, or has ended otherwise."""
-        command, start = self._pushed.pop(piece, (None, 0.0))
+        command, start, by_layer = self._pushed.pop(piece, (None, 0.0, False))
         if command is not None and has_arrived:
             num_tokens = command.piece.num_tokens
-            end = time.monotonic()
-            self.transfers.append(Transfer(piece, command.source, command.target, num_tokens, start, end))
+            ends = start, time.monotonic()
+            self.transfers.append(Transfer(piece, command.source, command.target, num_tokens, *ends, by_layer))
 
     def to_json(self, roles: Sequence[Role]) -> str:
         """The trace, with the workers' current roles in their names."""
@@ -77,14 +81,20 @@ class Timeline:
         return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"))
 
     def _arrows(self, number: int, transfer: Transfer) -> Iterator[dict[str, Any]]:
-        before = [one for one in self.steps if one.worker == transfer.source and one.start <= transfer.start]
         after = [one for one in self.steps if one.worker == transfer.target and one.start >= transfer.end]
-        if before:
-            moment = min(before[-1].end, transfer.start)
-            yield from _arrow(f"{number}.sent", transfer.source, STEPS, moment, transfer.target, transfer.start)
+        if (moment := self._sent_at(transfer)) is not None:
+            end = max(moment, transfer.start)
+            yield from _arrow(f"{number}.sent", transfer.source, STEPS, moment, transfer.target, end)
         if after:
             start = min(one.start for one in after)
             yield from _arrow(f"{number}.used", transfer.target, TRANSFERS, transfer.end, transfer.target, start, STEPS)
+
+    def _sent_at(self, transfer: Transfer) -> float | None:
+        """The beginning of the step that computes a piece by layer, otherwise the end of the step before the piece."""
+        steps = [one for one in self.steps if one.worker == transfer.source]
+        if transfer.by_layer:
+            return next((max(one.start, transfer.start) for one in steps if one.end > transfer.start), None)
+        return next((one.end for one in reversed(steps) if one.end <= transfer.start), None)
 
 
 def _names(roles: Sequence[Role]) -> Iterator[dict[str, Any]]:

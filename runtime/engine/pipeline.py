@@ -15,6 +15,7 @@ from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.engine.sequences import Sequence as Answer
 from sageLLM.runtime.sampling.logprobs import Logprob, ScoredTokens
 from sageLLM.runtime.scheduler.base import ScheduleOutput
+from sageLLM.runtime.scheduler.batch import Chunk
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.worker.executor import Executor, StepResults, WorkersLostError
@@ -132,7 +133,10 @@ class StepPipeline:
         order = GroupOrder(
             None if decode is None else decode.order, None if prefill is None else prefill.order, plan.kv_migrations
         )
-        return StepInFlight(parts, self._executor.submit(order))
+        return StepInFlight(parts, self._submit(order, chunks))
+
+    def _submit(self, order: GroupOrder, chunks: Sequence[Chunk]) -> StepResults:
+        return self._executor.submit(order)
 
     def _record_hits(self, plan: ScheduleOutput) -> None:
         """Records the prompt's hits in the prefix cache; hits of a replay on its own KV do not count."""

@@ -57,13 +57,14 @@ class TransferDesk:
 
     # --- commands ---
 
-    def push(self, command: PushPiece) -> None:
+    def push(self, command: PushPiece, step: int = 0) -> None:
+        """Lets the source copy a piece, with `step` layer by layer while it executes the order of this number."""
         piece = command.piece
         source = End(command.source, command.epochs[0], list(piece.source_blocks))
         target = End(command.target, command.epochs[1], list(piece.target_blocks))
         handle = sign(Handle(piece.request_id, piece.attempt, piece.start, piece.num_tokens, source, target), self._key)
         self._pieces[command.id] = _Piece(command, handle)
-        self._workers[command.source].send(PushKV(handle, self._workers[command.target].addresses))
+        self._workers[command.source].send(PushKV(handle, self._workers[command.target].addresses, step))
 
     def cancel(self, command: CancelPiece) -> None:
         ranks = {(worker, rank) for worker in command.workers for rank in range(len(self._parts[worker]))}

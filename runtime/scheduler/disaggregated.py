@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from sageLLM.runtime.scheduler.batch import KVMigration
+from sageLLM.runtime.scheduler.batch import Chunk, KVMigration
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.member import Member, WorkerStatus
 from sageLLM.runtime.scheduler.migration import Migration
@@ -110,6 +110,7 @@ class DisaggregatedScheduler:
         first = min(schedulers, key=lambda one: one.limits.max_seq_len or 0)
         self.limits: SequenceLimits = first.limits
         self._ends = Ends(min(member.block_size for member in self.members))
+        self._config = config
         self._migration = Migration(self._ends, config, clock)
         self._loans = PrefixLoans(self._ends.by_request, self._migration)
         self._load_failure_policy = policy
@@ -247,6 +248,21 @@ class DisaggregatedScheduler:
                 self._migration.note_computed(request, is_last=False)
             if not transfer.in_flight:
                 self._hand_over(transfer)
+
+    def hand_out_planned(self, number: int, chunks: Iterable[Chunk]) -> list[PushPiece]:
+        """The pieces of chunks that this worker is about to compute, to be copied layer by layer meanwhile."""
+        member, found = self.members[number], list[PushPiece]()
+        if not self._config.by_layer or member.role != "prefill" or not member.is_up:
+            return found
+        for chunk in chunks:
+            name = chunk.request.request_id
+            transfer = self._migration.transfers.get(name) or self._reserve(chunk.request, member)
+            if transfer is None or not self._ends.by_request[name][1].handover.is_ready(name):
+                continue
+            piece = self._migration.hand_out_planned(transfer, chunk.start + chunk.num_tokens, chunk.is_last)
+            if piece is not None:
+                found.append(self._push(piece))
+        return found
 
     def _reserve(self, request: Request, source: Member) -> Transfer | None:
         """Reserve blocks on the decode worker with the least load; None if none has room, or an old copy still runs."""

@@ -104,6 +104,21 @@ class Migration:
         transfer.hand_out(piece, None if self._config.lease_s is None else now + self._config.lease_s)
         self.copying[request.request_id] = transfer
 
+    def hand_out_planned(self, transfer: Transfer, end: int, is_last: bool) -> KVMigration | None:
+        """The piece up to token `end` of a chunk that is about to be computed; None if it has no full block.
+
+        The tokens before the chunk have been computed, or will be when its step begins.
+        """
+        request, start = transfer.request, transfer.num_handed_out
+        if not is_last:
+            end -= end % self._kv.block_size
+        if end <= start or transfer.is_cancelling:
+            return None
+        piece = self._kv.copy_of(request.request_id, start, end - start, transfer.attempt)
+        transfer.hand_out(piece, None if self._config.lease_s is None else self._clock() + self._config.lease_s)
+        self.copying[request.request_id] = transfer
+        return piece
+
     def _expired(self, now: float) -> list[KVMigration]:
         """The pieces with an expired lease; each is reported once per lease."""
         expired: list[KVMigration] = []

@@ -58,12 +58,14 @@ class TransferConfig:
     """Settings of the KV transfer between the workers.
 
     - `stream`: hand out the full blocks of a prompt while its later chunks are computed.
+    - `by_layer`: copy the layers of a chunk while it is computed, each when its KV is complete.
     - `lease_s`: seconds of the scheduler's clock after which an unacknowledged copy is to be cancelled; None: never.
     - `max_attempts`: number of attempts to copy a request before its prompt is recomputed.
     - `num_ranks`, `num_layers`: acknowledgements that complete a piece; 1 and 1 if the transport aggregates them.
     """
 
     stream: bool = True
+    by_layer: bool = False
     lease_s: float | None = None
     max_attempts: int = 3
     num_ranks: int = 1

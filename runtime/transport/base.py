@@ -25,6 +25,8 @@ from sageLLM.runtime.transport.shards import Part, PoolShard, Route, routes_betw
 
 ALIVE_SECONDS = 0.5
 """The interval between two reports that renew the lease of a long piece."""
+GATE_SECONDS = 0.1
+"""The interval between two looks at whether a piece that waits for the computation of a layer is cancelled."""
 MAX_CANCELLED = 4096
 """Cancelled pieces that are remembered; a handle is older than that many cancellations only if it is lost."""
 
@@ -51,8 +53,8 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
 class LayerGate(Protocol):
     """Says when the KV of a layer has been computed."""
 
-    def wait(self, layer: int) -> bool:
-        """Waits until the layer is complete; false if the step has failed."""
+    def wait(self, layer: int, seconds: float) -> bool | None:
+        """True when the layer is complete, None if it is not within so many seconds, and false after a failure."""
 
 
 class KVTransport(Protocol):
@@ -208,9 +210,11 @@ class QueuedTransport(ABC):
         """The layers of a route, each when it may be sent. Raises Stopped. Renews the lease."""
         reported_at = time.monotonic()
         for layer in route.layers:
-            if gate is not None and not gate.wait(layer):
-                raise Stopped
-            if self.is_cancelled(handle.key):
+            while gate is not None and not self.is_cancelled(handle.key):
+                if (is_open := gate.wait(layer, GATE_SECONDS)) is not None:
+                    break
+                self._report("alive", handle.key)
+            if self.is_cancelled(handle.key) or (gate is not None and not is_open):
                 raise Stopped
             if (now := time.monotonic()) - reported_at > ALIVE_SECONDS:
                 reported_at = now

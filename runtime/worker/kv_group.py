@@ -18,6 +18,7 @@ from sageLLM.runtime.transport.rows import DigestName
 from sageLLM.runtime.transport.shards import Part, PoolShape, PoolShard, map_pool, part_of
 from sageLLM.runtime.transport.tcp import TcpTransport
 from sageLLM.runtime.worker.kv_pool import KVPool
+from sageLLM.runtime.worker.step_gate import StepCounter
 
 TransportName = Literal["shared_memory", "tcp", "nixl"]
 
@@ -86,10 +87,14 @@ class KVGroup(msgspec.Struct, frozen=True):
 
 
 class PushKV(msgspec.Struct, tag="push_kv", frozen=True):
-    """Command to all ranks of the source: copy their parts of a piece to the target's ranks at these addresses."""
+    """Command to all ranks of the source: copy their parts of a piece to the target's ranks at these addresses.
+
+    With `step` each layer is copied when the worker's order of this number, from 1, has computed it.
+    """
 
     handle: SignedHandle
     addresses: list[str] = []
+    step: int = 0
 
 
 class CheckKV(msgspec.Struct, tag="check_kv", frozen=True):
@@ -120,9 +125,11 @@ def make_transport(group: KVGroup, place: Place, dtype: torch.dtype) -> MemoryTr
 class KVPort:
     """A rank's transport. `send` gets its reports, in a thread of the port."""
 
-    def __init__(self, group: KVGroup, rank: int, pool: KVPool, send: Callable[[Report], None]) -> None:
+    def __init__(
+        self, group: KVGroup, rank: int, pool: KVPool, send: Callable[[Report], None], steps: StepCounter
+    ) -> None:
         """Raises SageError if the transport cannot be used."""
-        self._rank = rank
+        self._rank, self._steps = rank, steps
         place = Place(group.worker, rank, group.epoch, group.parts(), group.key, group.digest)
         self._transport = make_transport(group, place, pool.keys[0].dtype)
         values = () if pool.shape.is_shared else pool.values
@@ -133,7 +140,8 @@ class KVPort:
     def handle(self, command: KVCommand) -> None:
         """Starts what the command says."""
         if isinstance(command, PushKV):
-            self._transport.push(command.handle, command.addresses)
+            gate = self._steps.gate(command.step) if command.step else None
+            self._transport.push(command.handle, command.addresses, gate)
         elif isinstance(command, CheckKV):
             self._transport.check(command.handle, command.digests[self._rank])
         else:

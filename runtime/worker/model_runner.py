@@ -16,6 +16,7 @@ from sageLLM.runtime.executor.cuda_graphs import DevicePlan
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.calls import number_of
+from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.executor.token_reader import PendingTokens
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
@@ -73,6 +74,9 @@ class ModelRunner:
         self._lower_plans: dict[Stage, Runnable] = {}
         self._parts = MicroBatchInputs(num_ubatches)
         self._buffers = ReceiveBuffers(model.device)
+        self._watches_layers = False
+        self._is_first_run = False
+        self._watched: NativePlan | None = None
 
     def plan(self, stage: Stage, num_ubatches: int = 1) -> Runnable:
         """The plan of a stage: the optimised kernel graph, flattened, with weights and caches bound."""
@@ -88,6 +92,22 @@ class ModelRunner:
             graph = load_kv(self.compiler.kernel_graph(stage), self.pool.lower_tier, self.pool.staging_bytes)
             self._lower_plans[stage] = self.compiler.plan(graph, self._bound, self._arena)
         return self._lower_plans[stage]
+
+    def watch_layers(self) -> None:
+        """Lets `is_complete` tell the progress of steps."""
+        self._watches_layers = True
+
+    def begin_step(self) -> None:
+        """The next run is the first one of a step. After a failure a step has others, for parts of its sequences."""
+        self._is_first_run = True
+
+    def is_complete(self, layer: int) -> bool:
+        """Whether the first run of the step has computed the KV of a layer of the model; called by other threads.
+
+        False when that run has ended, and for plans without native calls: their layers are complete with the step.
+        """
+        plan = self._watched
+        return plan is not None and plan.progress is not None and plan.progress.is_complete(layer)
 
     def io_reports(self, hardware: Hardware) -> list[IoReport]:
         """The transfers between tiers of each plan that has some, planned with the rates of the hardware."""
@@ -120,7 +140,13 @@ class ModelRunner:
             else:
                 inputs = self._parts.divide(inputs, len(decodes), chunks)
         plan = self.lower_plan(stage) if blocks else self.plan(stage, num_ubatches)
-        outputs = self._run_plan(plan, num_ubatches, inputs, num_tokens)
+        if self._watches_layers and self._is_first_run and isinstance(plan, NativePlan):
+            self._watched = plan.watch_layers()
+        self._is_first_run = False
+        try:
+            outputs = self._run_plan(plan, num_ubatches, inputs, num_tokens)
+        finally:
+            self._watched = None
         if not self.model.pipeline_stage.is_last:
             return None
         values, greedy_ids, *best = outputs

@@ -25,6 +25,7 @@ from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_group import CancelKV, CheckKV, KVPort, PushKV
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.ranks import join_ranks
+from sageLLM.runtime.worker.step_gate import StepCounter
 
 PARENT_CHECK_SECONDS = 0.5
 
@@ -85,7 +86,7 @@ def run(spec: WorkerSpec, descriptor: int) -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)
     replies = Replies(connection)
-    port = None
+    port = steps = None
     exit_code = 1  # unless the engine ends the process
     try:
         if spec.cores:  # before there are threads, which inherit it
@@ -94,7 +95,9 @@ def run(spec: WorkerSpec, descriptor: int) -> None:
         try:
             executor = build_executor(spec, join_ranks(spec))
             if spec.group is not None:
-                port = KVPort(spec.group, spec.rank, executor.decoder.runner.pool, replies.send)
+                runner = executor.decoder.runner
+                steps = StepCounter(runner)
+                port = KVPort(spec.group, spec.rank, runner.pool, replies.send, steps)
             reply = Ready(facts_of(spec, executor), "" if port is None else port.address)
         except SageError as error:
             reply = Refused(str(error))
@@ -102,7 +105,7 @@ def run(spec: WorkerSpec, descriptor: int) -> None:
             reply = Failed(f"{type(error).__name__}: {error}")
         replies.send(reply)
         if isinstance(reply, Ready):
-            serve(connection, replies, executor, port, returns_results=spec.returns_results)
+            serve(connection, replies, executor, port, steps, returns_results=spec.returns_results)
         exit_code = 0
     except (EOFError, OSError, KeyboardInterrupt):
         exit_code = 0  # the engine has closed the socket
@@ -129,6 +132,7 @@ def serve(
     replies: Replies,
     executor: InProcessExecutor,
     port: KVPort | None,
+    steps: StepCounter | None,
     *,
     returns_results: bool,
 ) -> None:
@@ -141,11 +145,17 @@ def serve(
         elif isinstance(command, ReportIo):
             replies.send(IoReported(executor.io_reports(command.hardware)))
         elif isinstance(command, Run):
+            if steps is not None:
+                steps.begin()
             try:
                 results = executor.execute(command.order)
             except Exception as error:
+                if steps is not None:
+                    steps.has_failed = True
                 replies.send(Failed(reason_of_failure(error)))
                 return
+            if steps is not None:
+                steps.end()
             if returns_results:
                 replies.send(Done(results))
         elif port is not None:

@@ -18,6 +18,7 @@ from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.pd_timeline import STEPS, TRANSFERS
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.scheduler.transfer import TransferConfig
 from sageLLM.runtime.transport.nixl import has_nixl
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
@@ -32,8 +33,8 @@ PARAMS = [
 ]
 
 
-def load(**options: Any) -> LLM:
-    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=32)
+def load(*, by_layer: bool = False, **options: Any) -> LLM:
+    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=32, transfer=TransferConfig(by_layer=by_layer))
     return LLM(MODEL, dtype="float32", max_model_len=256, scheduler=config, **options)
 
 
@@ -106,10 +107,30 @@ def test_an_abandoned_stream_leaves_nothing(divided: LLM) -> None:
 
 @pytest.fixture(scope="module", params=["shared_memory", *(["nixl"] if has_nixl() else [])])  # `make nixl`
 def several(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    """Two prefill workers and a decode worker."""
-    llm = load(prefill_workers=2, decode_workers=1, kv_transport=request.param)
+    """Two prefill workers and a decode worker; chunks are copied layer by layer while they are computed."""
+    llm = load(by_layer=True, prefill_workers=2, decode_workers=1, kv_transport=request.param)
     yield llm
     llm.close()
+
+
+def test_a_timeline_has_an_arrow_from_each_prefill_to_its_transfer(several: LLM) -> None:
+    engine = engine_of(several)
+    timeline = engine.record_timeline()
+    several.generate(PROMPTS, GREEDY)
+    events = json.loads(timeline.to_json([status.role for status in engine.workers()]))["traceEvents"]
+    by_phase = {phase: [one for one in events if one["ph"] == phase] for phase in "XsfM"}
+    transfers = [one for one in by_phase["X"] if one["tid"] == TRANSFERS]
+    assert {one["args"]["request"] for one in transfers} == {f"{i}/0" for i in range(len(PROMPTS))}
+    steps = [one for one in by_phase["X"] if one["tid"] == STEPS]
+    assert {one["name"].split()[0] for one in steps if one["pid"] == 2} == {"decode"}
+    ends = {one["id"]: one for one in by_phase["f"]}
+    for start in by_phase["s"]:
+        end = ends[start["id"]]
+        assert start["ts"] <= end["ts"] and end["pid"] == 2
+        if start["id"].endswith("sent"):  # in the step that computes it
+            step = next(one for one in steps if one["pid"] == start["pid"] and one["ts"] + one["dur"] >= start["ts"])
+            assert step["name"].startswith("prefill") and step["ts"] <= start["ts"]
+    assert len(ends) == len(by_phase["s"]) == 2 * len(transfers)
 
 
 def test_a_worker_changes_its_role_while_it_serves(several: LLM, alone: LLM) -> None:
@@ -134,25 +155,6 @@ def test_a_worker_changes_its_role_while_it_serves(several: LLM, alone: LLM) -> 
     assert roles[:3] == ["prefill", "decode", "prefill"]
     assert [[answers[name]] for name in range(len(prompts))] == expected
     assert_free(several)
-
-
-def test_a_timeline_has_an_arrow_from_each_prefill_to_its_transfer(several: LLM) -> None:
-    engine = engine_of(several)
-    timeline = engine.record_timeline()
-    several.generate(PROMPTS, GREEDY)
-    events = json.loads(timeline.to_json([status.role for status in engine.workers()]))["traceEvents"]
-    by_phase = {phase: [one for one in events if one["ph"] == phase] for phase in "XsfM"}
-    transfers = [one for one in by_phase["X"] if one["tid"] == TRANSFERS]
-    assert {one["args"]["request"] for one in transfers} == {f"{i}/0" for i in range(len(PROMPTS))}
-    steps = [one for one in by_phase["X"] if one["tid"] == STEPS]
-    assert {one["name"].split()[0] for one in steps if one["pid"] == 2} == {"decode"}
-    ends = {one["id"]: one for one in by_phase["f"]}
-    for start in by_phase["s"]:
-        end = ends[start["id"]]
-        assert start["ts"] <= end["ts"] and end["pid"] == 2
-        if start["id"].endswith("sent"):
-            assert start["pid"] in (0, 1) and any(one["ts"] == end["ts"] for one in transfers)
-    assert len(ends) == len(by_phase["s"]) == 2 * len(transfers)
 
 
 def test_killed_workers_cost_no_request(several: LLM, alone: LLM, caplog: pytest.LogCaptureFixture) -> None:

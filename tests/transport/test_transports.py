@@ -256,7 +256,7 @@ class Closed:
         self.steps, self.waiting = threading.Semaphore(0), threading.Semaphore(0)
         self.is_failed = False
 
-    def wait(self, layer: int) -> bool:
+    def wait(self, layer: int, seconds: float) -> bool | None:
         self.waiting.release()
         self.steps.acquire()
         return not self.is_failed

@@ -24,6 +24,7 @@ from sageLLM.runtime.executor.native.call_times import CallStamps, CallTime
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
 from sageLLM.runtime.executor.native.io_meter import make_meter
+from sageLLM.runtime.executor.native.layer_progress import LayerProgress
 from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.executor.native.recorder import RecordedStep, StepRecorder
 from sageLLM.runtime.executor.native.sizes import solve_sizes
@@ -91,6 +92,7 @@ class NativePlan:
         self._outputs: list[Tensor] = []
         self._steps: list[Callable[[], None]] = []
         self.io = make_meter(graph, self._flat)
+        self.progress: LayerProgress | None = None
 
     @property
     def num_native_calls(self) -> int:
@@ -118,6 +120,15 @@ class NativePlan:
         else:
             self._recorder.sink(RecordedStep(self.graph, self._sizes, inputs, self._run_timed()))
         return self._outputs
+
+    def watch_layers(self) -> "NativePlan":
+        """Records the progress of the next step by layer, and returns this plan when no layer counts as complete."""
+        if self.progress is None and self.io is None:
+            self.progress = LayerProgress(self.graph, self._flat)
+            self._state, self._last_inputs = (), None  # so that the calls of the next step have its address
+        if self.progress is not None:
+            self.progress.begin_step()
+        return self
 
     def _prepare(self, inputs: Inputs) -> None:
         """Fills the call table, unless the inputs are those of the previous step."""
@@ -238,7 +249,8 @@ class NativePlan:
             if isinstance(step, PythonCall):
                 yield self._python_step(step, sizes, tensors)
             else:
-                yield self._native_step(step, 0 if self.io is None else self.io.address)
+                stamped = self.io or self.progress
+                yield self._native_step(step, 0 if stamped is None else stamped.address)
 
     def _native_step(self, calls: range, stamps: int = 0) -> Callable[[], None]:
         num_streams = self._flat.calls.num_streams(calls)
