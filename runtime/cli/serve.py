@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,23 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
     try:
         sock = bind(settings)
         print(f"loading {settings.model}", flush=True)
-        return asyncio.run(main())
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(main())
     except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed; it has half the cost per connection and write. None for asyncio's."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
 
 
 def is_other_node(engine: EngineOptions) -> bool:

@@ -42,10 +42,16 @@ class Admission:
         """A place in the queue, before anything is read. Raises ApiError 429 if there is none, 503 while draining."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", reason="draining")
-        if self.num_requests >= self.max_requests:
-            raise self._refusal("requests", f"{self.num_requests} requests are queued, of at most {self.max_requests}")
+        if (error := self.why_full()) is not None:
+            raise error
         self.num_requests += 1
         return Ticket(1)
+
+    def why_full(self) -> ApiError | None:
+        """The refusal of one more request, or None if there is a place."""
+        if self.num_requests < self.max_requests:
+            return None
+        return self._refusal("requests", f"{self.num_requests} requests are queued, of at most {self.max_requests}")
 
     def claim(self, ticket: Ticket, num_requests: int, num_tokens: int) -> None:
         """Sets what the ticket occupies. Raises ApiError 429 if that is too much; the ticket then keeps its place.

@@ -1,13 +1,9 @@
-"""The routes of the server and what every request passes: ids, API key, admission, errors, logs, metrics."""
+"""The routes of the server, their errors, and the queue in front of the engine."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -35,18 +31,14 @@ from sageLLM.runtime.server.bodies import (
     load_json,
 )
 from sageLLM.runtime.server.errors import ApiError, as_api_error, encode_error
-from sageLLM.runtime.server.exchange import Buffers, ClientGoneError, Exchange, Message, Receive, Scope, Send, header_of
+from sageLLM.runtime.server.exchange import Buffers, ClientGoneError, Exchange, Message, Receive, Scope, Send
+from sageLLM.runtime.server.gate import Gate, request_id_of
 from sageLLM.runtime.server.openapi import openapi
 from sageLLM.runtime.server.service import Service
 
 LOG = logging.getLogger("sagellm")
-ACCESS = logging.getLogger("sagellm.access")
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
-QUIET = ("/livez", "/readyz", "/health", "/ping", "/metrics")
-"""Paths of probes; their successful requests are logged at level DEBUG."""
 NUM_BODIES = 16
 """Bodies of the largest size that may be received at the same time."""
-PROTECTED = ("/v1/", "/v2/", "/inference/")
 
 B = TypeVar("B")
 Generate = Callable[[Service, Exchange, B, Ticket], Awaitable[None]]
@@ -86,6 +78,13 @@ class Router:
     def __init__(self, service: Service) -> None:
         self.service, self.settings = service, service.settings
         self._buffers = Buffers(NUM_BODIES * service.settings.max_body_size)
+        self.queued = {
+            "/v1/completions": self._generation(CompletionBody, completions.complete),
+            "/v1/chat/completions": self._generation(ChatBody, chat.chat),
+            "/v1/responses": self._generation(ResponsesBody, responses.respond),
+            "/v1/messages": self._generation(MessagesBody, anthropic.create),
+            "/v1/embeddings": self._admitted(EmbeddingBody, embeddings.embed),
+        }
 
     def routes(self) -> list[Route]:
         def post(path: str, handle: Simple) -> Route:
@@ -95,12 +94,8 @@ class Router:
             return Route(path, Endpoint(self.service, handle), methods=["GET"])
 
         return [
-            post("/v1/completions", self._generation(CompletionBody, completions.complete)),
-            post("/v1/chat/completions", self._generation(ChatBody, chat.chat)),
-            post("/v1/responses", self._generation(ResponsesBody, responses.respond)),
-            post("/v1/messages", self._generation(MessagesBody, anthropic.create)),
+            *(post(path, handle) for path, handle in self.queued.items()),
             post("/v1/messages/count_tokens", self._answered(CountTokensBody, anthropic.count_tokens)),
-            post("/v1/embeddings", self._admitted(EmbeddingBody, embeddings.embed)),
             post("/tokenize", self._answered(TokenizeBody, tokens.tokenize_text)),
             post("/detokenize", self._answered(DetokenizeBody, tokens.detokenize)),
             get("/v1/models", self.models),
@@ -206,20 +201,17 @@ class Router:
 
 
 class Outer:
-    """The outermost layer of the application: request ids, header limits, API keys, access log, HTTP metrics."""
+    """The outermost layer of the application: asks the gate, and records the response."""
 
-    def __init__(self, app: Any, service: Service) -> None:
-        self._app, self._service = app, service
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.api_key]
-        self._paths = {route.path for route in Router(service).routes()}
+    def __init__(self, app: Any, service: Service, gate: Gate) -> None:
+        self._app, self._service, self.gate = app, service, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, settings = time.monotonic(), self._service.settings
-        given = header_of(scope, b"x-request-id")
-        request_id = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        start, has_id = time.monotonic(), self.gate.settings.enable_request_id_headers
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -228,66 +220,22 @@ class Outer:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = message.setdefault("headers", [])
-                if settings.enable_request_id_headers:
+                if has_id:
                     headers.append((b"x-request-id", request_id.encode()))
                 if self._service.admission.is_draining and all(name != b"connection" for name, _ in headers):
                     headers.append((b"connection", b"close"))
             await send(message)
 
         try:
-            if (error := self._why_refused(scope)) is not None:
+            if (error := self.gate.why_refused(scope)) is not None:
+                if error.reason is not None:
+                    self._service.metrics.count_refusal(error.reason)
                 await refuse(send_with_id, error)
             else:
                 await self._app(scope, receive, send_with_id)
         finally:
-            seconds = time.monotonic() - start
-            route = scope.get("route")
-            handler = getattr(route, "path", "none")
-            self._service.metrics.count_http(handler, _method(scope), status or 499, seconds)
-            if settings.access_log:
-                level = logging.DEBUG if handler in QUIET and status < 400 else logging.INFO
-                ACCESS.log(
-                    level,
-                    "%s %s %d %.1f ms",
-                    scope["method"],
-                    scope["path"],
-                    status or 499,
-                    1e3 * seconds,
-                    extra={
-                        "request_id": request_id,
-                        "method": scope["method"],
-                        "path": scope["path"],
-                        "status": status or 499,
-                        "seconds": round(seconds, 6),
-                        "client": (scope.get("client") or ["-"])[0],
-                    },
-                )
-
-    def _why_refused(self, scope: Scope) -> ApiError | None:
-        headers, settings = scope["headers"], self._service.settings
-        if len(headers) > settings.max_header_count:
-            return ApiError(431, f"a request must have at most {settings.max_header_count} headers, got {len(headers)}")
-        if sum(len(name) + len(value) for name, value in headers) > settings.max_header_size:
-            return ApiError(431, f"the headers must have at most {settings.max_header_size} bytes")
-        if not self._is_allowed(scope):
-            self._service.metrics.count_refusal("auth")
-            return ApiError(401, "the API key is missing or wrong", headers={"WWW-Authenticate": "Bearer"})
-        return None
-
-    def _is_allowed(self, scope: Scope) -> bool:
-        """Whether the path is open or the key right; every key is compared, in constant time."""
-        if not self._keys or scope["method"] == "OPTIONS" or not f"{scope['path']}/".startswith(PROTECTED):
-            return True
-        kind, _, token = (header_of(scope, b"authorization") or "").partition(" ")
-        if key := header_of(scope, b"x-api-key"):  # Anthropic's header
-            kind, token = "bearer", key
-        digest = hashlib.sha256(token.encode("latin-1", "replace")).digest()
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]
-        return any(matches) and kind.lower() == "bearer"
-
-
-def _method(scope: Scope) -> str:
-    return scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "other"
+            handler = getattr(scope.get("route"), "path", "none")
+            self.gate.record(scope, handler, request_id, status or 499, time.monotonic() - start)
 
 
 async def refuse(send: Send, error: ApiError) -> None:
@@ -304,7 +252,7 @@ def make_app(service: Service) -> Outer:
     app: Any = Starlette(routes=router.routes(), exception_handlers={HTTPException: _http_error, Exception: _defect})
     if origins := service.settings.allowed_origins:
         app = CORSMiddleware(app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return Outer(app, service)
+    return Outer(app, service, Gate(service, router.queued))
 
 
 def _http_error(request: Request, error: Exception) -> Response:

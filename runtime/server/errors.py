@@ -66,3 +66,12 @@ def as_api_error(error: Exception) -> ApiError:
 def encode_error(error: ApiError, kind: str | None = None) -> bytes:
     """The body; with `kind` it has that type, as Anthropic's clients expect."""
     return msgspec.json.encode(error.body() if kind is None else {"type": kind, **error.body()})
+
+
+def encode_response(error: ApiError, kind: str | None = None) -> bytes:
+    """The whole response in HTTP/1.1, for connections without an application."""
+    body = encode_error(error, kind)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+    lines += [f"{name.lower()}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body

@@ -51,8 +51,7 @@ class Exchange:
         self.is_streaming = False
         self.is_answered = False
         self.ignored: list[str] = []
-        # Anthropic's errors and the events of its streams have a type.
-        self._kind = "error" if scope["path"].startswith(ANTHROPIC) else None
+        self._kind = error_kind(scope)
         self._watcher: asyncio.Task[None] | None = None
 
     def header(self, name: bytes) -> str | None:
@@ -142,6 +141,11 @@ class Exchange:
             pairs.append(("x-sagellm-ignored", ", ".join(self.ignored)))
         encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in pairs]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+def error_kind(scope: Scope) -> str | None:
+    """The type of error objects: Anthropic's, and the events of its streams, have one."""
+    return "error" if scope["path"].startswith(ANTHROPIC) else None
 
 
 def header_of(scope: Scope, name: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn, with limits on connections, and a drain at SIGTERM."""
+"""Runs the application under uvicorn, with a drain at SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import h11
 from uvicorn import Config, Server
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sageLLM.runtime.server.app import make_app
-from sageLLM.runtime.server.errors import ApiError, encode_error
+from sageLLM.runtime.server.http_protocol import protocol_of
 from sageLLM.runtime.server.messages import Ready
 from sageLLM.runtime.server.service import Service
 from sageLLM.runtime.server.settings import ServerSettings
@@ -25,60 +22,6 @@ LOG = logging.getLogger("sagellm")
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5
 BACKLOG = 2048
-
-
-def protocol_of(service: Service) -> type[H11Protocol]:
-    """uvicorn's protocol with a deadline for the headers of each request, and limits on their size and number."""
-    settings = service.settings
-
-    class LimitedProtocol(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._start_deadline()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_deadline()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if self._deadline is None and self.conn.their_state is h11.IDLE:
-                self._start_deadline()
-            super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
-                self._stop_deadline()
-
-        def send_400_response(self, msg: str) -> None:
-            is_long = len(self.conn.trailing_data[0]) > settings.max_header_size
-            status = 431 if is_long else 400
-            text = f"the headers must have at most {settings.max_header_size} bytes" if is_long else msg
-            body = encode_error(ApiError(status, text))
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                events: list[Any] = [
-                    h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")]),
-                    h11.Data(data=body),
-                    h11.EndOfMessage(),
-                ]
-                for event in events:
-                    self.transport.write(self.conn.send(event) or b"")
-            self.transport.close()
-
-        def _start_deadline(self) -> None:
-            self._stop_deadline()
-            self._deadline = self.loop.call_later(settings.header_timeout, self._is_late)
-
-        def _stop_deadline(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-        def _is_late(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.close()
-
-    return LimitedProtocol
 
 
 class DrainingServer(Server):
@@ -127,9 +70,10 @@ class DrainingServer(Server):
 
 def make_server(service: Service) -> DrainingServer:
     settings = service.settings
+    app = make_app(service)
     config = Config(
-        make_app(service),
-        http=protocol_of(service),
+        app,
+        http=protocol_of(app.gate),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -137,7 +81,6 @@ def make_server(service: Service) -> DrainingServer:
         server_header=False,
         timeout_keep_alive=round(settings.keep_alive_timeout),
         timeout_graceful_shutdown=GRACE_SECONDS,
-        h11_max_incomplete_event_size=settings.max_header_size,
     )
     return DrainingServer(config, service)
 

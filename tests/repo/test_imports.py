@@ -89,7 +89,7 @@ LAYERS = {
     ),
     "runtime/server": Layer(
         ours=("sageLLM.runtime", "sageLLM.__version__"),
-        others=frozenset({"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),
+        others=frozenset({"msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),
         lazily=frozenset({"opentelemetry"}),
     ),
     "runtime/engine/kv_events.py": runtime_layer("kv", others="msgspec", lazily="zmq"),
@@ -103,6 +103,7 @@ LAYERS = {
     "runtime/cli/entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
     "runtime/cli/doctor.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"torch"})),
+    "runtime/cli/serve.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"uvloop"})),
     "runtime/cli/serve_engine.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"msgspec"})),
     "runtime/cli/serve_options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer", "yaml"})),
     "runtime/cli/bench_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
