@@ -168,12 +168,18 @@ CHECKS ?=
 conformance: $(TEST_READY) ## Run outside clients and suites against a server, each in an environment; CHECKS="litellm ..." selects
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py $(if $(CHECKS),--only $(CHECKS))
 
-fuzz-server: $(TEST_READY) ## Send 200 times as many random requests to the server as the suite
-	SAGELLM_SERVER_SCALE=200 $(PYTEST) --timeout=7200 tests/server/test_fuzz.py
+BODIES ?= 0:100000
+fuzz-server: $(TEST_READY) ## Send the random requests BODIES=FROM:TO (100,000) to a server; a failing one can be repeated by its seed
+	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/random_requests.py --seeds $(BODIES)
 
-REQUESTS ?= 10000
-soak-server: $(TEST_READY) ## Send REQUESTS random requests to a server, cancel 30 %, and look for leaks; then 10x overload
-	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py soak --requests $(REQUESTS)
+REQUESTS ?= 1000000
+SOAK_SECONDS ?= 7200
+SOAK_TOTAL ?=
+soak-server: $(TEST_READY) ## Send REQUESTS to a server in SOAK_SECONDS, cancel 30 %, and look for leaks; SOAK_TOTAL=FILE adds up runs
+	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py soak --requests $(REQUESTS) --seconds $(SOAK_SECONDS) \
+	  $(if $(SOAK_TOTAL),--total "$(SOAK_TOTAL)")
+
+overload-server: $(TEST_READY) ## Compare a server at 10x its capacity with one at capacity
 	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py overload
 
 # The planted bugs change functions of the scheduler while it runs, which compiled code does not allow.

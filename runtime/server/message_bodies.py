@@ -50,12 +50,13 @@ def _tool(tool: object, place: str) -> dict[str, Any]:
 def _choice(choice: dict[str, Any] | None) -> str | dict[str, Any] | None:
     if choice is None:
         return None
-    if choice.get("type") == "tool":
+    kind = choice.get("type")
+    if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if choice.get("type") not in CHOICES:
+    if not isinstance(kind, str) or kind not in CHOICES:
         rule = f"tool_choice.type must be one of {', '.join(CHOICES)} and tool"
-        raise _error(f"{rule}, got {choice.get('type')!r:.60}", "tool_choice")
-    return CHOICES[choice["type"]]
+        raise _error(f"{rule}, got {kind!r:.60}", "tool_choice")
+    return CHOICES[kind]
 
 
 def _messages(message: object, place: str) -> list[dict[str, Any]]:
@@ -106,9 +107,9 @@ def _variables(body: MessagesBody) -> dict[str, Any] | None:
     variables: dict[str, Any] = {}
     if body.thinking is not None:
         kind = body.thinking.get("type")
-        if kind not in THINKING:
+        if not isinstance(kind, str) or kind not in THINKING:
             raise _error(f"thinking.type must be one of {', '.join(THINKING)}, got {kind!r:.60}", "thinking")
-        variables["enable_thinking"] = THINKING[str(kind)]
+        variables["enable_thinking"] = THINKING[kind]
     effort = (body.output_config or {}).get("effort")
     if effort is not None:
         variables["reasoning_effort"] = effort

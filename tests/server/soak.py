@@ -1,10 +1,12 @@
 """Load on `sagellm serve` with cancels, and a search for leaks; and 10x overload.
 
-    python tests/server/soak.py soak --requests 10000 --cancel 0.3
+    python tests/server/soak.py soak --requests 1000000 --seconds 3600 --total soak.json
     python tests/server/soak.py overload --seconds 10
 
-`soak` ends with the numbers of requests, KV blocks, file descriptors, tasks and memory of both processes before and
-after. `overload` compares the goodput at capacity with that at ten times the rate, and prints the latency of refusals.
+`soak` ends with the numbers of requests, KV blocks, file descriptors, threads and memory of both processes before and
+after; with `--total`, several runs add up in a file. Its model is a random one of a single layer, so that most of the
+time is the server's. `overload` compares the goodput at capacity with that at ten times the rate, and prints the
+latency of refusals.
 """
 
 from __future__ import annotations
@@ -14,23 +16,60 @@ import asyncio
 import json
 import random
 import re
+import shutil
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from safetensors.numpy import save_file
 from servers import MODEL
 from test_process import ServeProcess
 
+from sageLLM.runtime.cli.serve import loop_factory
 from sageLLM.runtime.server.http_client import Address, Connection, HttpError
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(main)
+
+
+def write_small_model(folder: Path) -> Path:
+    """The bundled tokenizer with random weights of one layer of 64 channels."""
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "dtype": "float32"}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = json.loads((folder / "config.json").read_text()) | sizes | heads
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (config["vocab_size"], 64),
+        "model.norm.weight": (64,),
+        f"{layer}input_layernorm.weight": (64,),
+        f"{layer}post_attention_layernorm.weight": (64,),
+        **{f"{layer}self_attn.{name}_proj.weight": (rows, 64) for name, rows in (("q", 64), ("k", 32), ("v", 32))},
+        **{f"{layer}{name}_proj.weight": (64, 64) for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")},
+    }
+    draw = np.random.default_rng(0)
+    weights = {name: draw.normal(size=shape, scale=0.1).astype(np.float32) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 async def one_request(address: Address, draw: random.Random, cancel: float) -> str:
     """Sends a random request, and closes the connection at a random time for the share `cancel` of them."""
+    num_answers = draw.choice([1, 1, 1, 2])
     body: dict[str, Any] = {
         "prompt": [draw.randrange(2000) for _ in range(draw.randint(1, 60))],
-        "max_tokens": draw.randint(1, 40),
-        "n": draw.choice([1, 1, 1, 2]),
+        "max_tokens": draw.choice([1, 2, 4, 8, 40]),
+        "n": num_answers,
+        "temperature": draw.choice([0, 0, 0, 1]) if num_answers == 1 else 1,
         "stop": draw.choice([None, None, "self"]),
         "stream": True,
         "ignore_eos": True,
@@ -73,13 +112,25 @@ def resources(server: ServeProcess) -> dict[str, float]:
     return found
 
 
-async def soak(address: Address, num_requests: int, cancel: float, concurrency: int, seed: int) -> Counter[str]:
+async def soak(
+    address: Address,
+    num_requests: int,
+    cancel: float,
+    concurrency: int,
+    seed: int,
+    seconds: float | None = None,
+    on_end: Callable[[int], None] = lambda num_ended: None,
+) -> Counter[str]:
+    """Requests of so many clients, each one after another; no new ones after `seconds`."""
     draw, ends = random.Random(seed), Counter[str]()
-    remaining = iter(range(num_requests))
+    remaining, start = iter(range(num_requests)), time.monotonic()
 
     async def worker() -> None:
         for _ in remaining:
+            if seconds is not None and time.monotonic() > start + seconds:
+                return
             ends[await one_request(address, draw, cancel)] += 1
+            on_end(ends.total())
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
     return ends
@@ -96,29 +147,57 @@ def wait_until_idle(server: ServeProcess, idle: dict[str, float]) -> dict[str, f
         time.sleep(0.1)
 
 
-def run_soak(num_requests: int, cancel: float, concurrency: int, seed: int) -> None:
-    # A small KV cache, as its memory is used block by block, and so that requests are preempted.
-    server = ServeProcess("--no-access-log", "--num-kv-blocks", "128")
-    try:
-        address = Address.of(server.url)
-        asyncio.run(soak(address, max(200, num_requests // 20), cancel, concurrency, seed))  # fills caches and buffers
-        time.sleep(1)
-        before = resources(server)
-        start = time.monotonic()
-        ends = asyncio.run(soak(address, num_requests, cancel, concurrency, seed + 1))
-        seconds = time.monotonic() - start
-        after = wait_until_idle(server, {"running": 0, "waiting": 0, "queued": 0, "blocks used": 0})
-        print(f"{num_requests} requests in {seconds:.0f} s: {dict(ends)}")
-        for name in before:
-            print(f"  {name:<16} {before[name]:8.1f} {after[name]:8.1f}")
-        for name in ("front threads", "engine threads", "front files", "engine files"):
-            assert after[name] <= before[name] + 8, f"{name} grow from {before[name]} to {after[name]}"
-        for name in ("front MiB", "engine MiB"):
-            assert after[name] <= before[name] * 1.1 + 20, f"{name} grow from {before[name]} to {after[name]}"
-        assert ends.keys() <= {"complete", "cancelled"}, ends
-    finally:
-        server.process.terminate()
-    assert server.process.wait(60) == 0
+def run_soak(
+    num_requests: int, cancel: float, concurrency: int, seed: int, seconds: float | None, total: Path | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_small_model(Path(folder, "model"))
+        # A small KV cache, as its memory is used block by block, and so that requests are preempted.
+        server = ServeProcess("--no-access-log", "--num-kv-blocks", "96", model=model)
+        try:
+            address = Address.of(server.url)
+            run(soak(address, min(5000, max(200, num_requests // 20)), cancel, concurrency, seed))  # fills caches
+            time.sleep(1)
+            before, start = resources(server), time.monotonic()
+
+            def report(num_ended: int) -> None:
+                if num_ended % 20_000 == 0:
+                    memory = {name: round(value) for name, value in resources(server).items() if "MiB" in name}
+                    print(f"{num_ended} requests in {time.monotonic() - start:.0f} s: {memory}", flush=True)
+
+            ends = run(soak(address, num_requests, cancel, concurrency, seed + 1, seconds, report))
+            after = wait_until_idle(server, {"running": 0, "waiting": 0, "queued": 0, "blocks used": 0})
+            after["preemptions"] = preemptions(server)
+            print(f"{ends.total()} requests in {time.monotonic() - start:.0f} s: {dict(ends)}")
+            check(before, after, ends)
+            if total is not None:
+                add_to(total, ends)
+        finally:
+            server.process.terminate()
+        assert server.process.wait(60) == 0
+
+
+def preemptions(server: ServeProcess) -> float:
+    [value] = re.findall(r"^sagellm:num_preemptions_total\S+ (\S+)$", server.http.get("/metrics").text, re.MULTILINE)
+    return float(value)
+
+
+def check(before: dict[str, float], after: dict[str, float], ends: Counter[str]) -> None:
+    """Prints the resources, and asserts that they have not grown."""
+    for name, value in after.items():
+        print(f"  {name:<16} {before.get(name, 0):8.1f} {value:8.1f}")
+    for name in ("front threads", "engine threads", "front files", "engine files"):
+        assert after[name] <= before[name] + 8, f"{name} grow from {before[name]} to {after[name]}"
+    for name in ("front MiB", "engine MiB"):
+        assert after[name] <= before[name] * 1.1 + 20, f"{name} grow from {before[name]} to {after[name]}"
+    assert ends.keys() <= {"complete", "cancelled"}, ends
+
+
+def add_to(path: Path, ends: Counter[str]) -> None:
+    """Adds the ends of a run that has passed to the file, and prints the sum of all runs."""
+    sums = Counter(json.loads(path.read_text()) if path.exists() else {}) + ends + Counter(runs=1)
+    path.write_text(json.dumps(sums) + "\n")
+    print(f"all runs: {dict(sums)}")
 
 
 def random_body(draw: random.Random) -> dict[str, Any]:
@@ -184,12 +263,12 @@ def run_overload(model: Path, seconds: float, limit: int, seed: int) -> None:
     server = ServeProcess(*options, model=model)
     try:
         address = Address.of(server.url)
-        asyncio.run(capacity_of(address, 1.0, limit, seed))
-        capacity = asyncio.run(capacity_of(address, seconds, limit, seed))
+        run(capacity_of(address, 1.0, limit, seed))
+        capacity = run(capacity_of(address, seconds, limit, seed))
         print(f"capacity {capacity:.0f} requests/s, {32 * capacity:.0f} tokens/s")
         for factor in (1.0, 10.0):
             start, num_lines = time.perf_counter(), len(server.lines)
-            num_tokens, refusals, answers = asyncio.run(constant_rate(address, factor * capacity, seconds, seed))
+            num_tokens, refusals, answers = run(constant_rate(address, factor * capacity, seconds, seed))
             rate = num_tokens / (time.perf_counter() - start)
             print(f"{factor:4.0f}x: {rate:.0f} tokens/s, {len(answers)} answers, {len(refusals)} refusals")
             logged = [json.loads(line) for line in server.lines[num_lines:] if line.startswith("{")]
@@ -209,15 +288,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--cancel", type=float, default=0.3)
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--concurrency", type=int, default=48)
+    parser.add_argument("--seconds", type=float, help="of a soak at most, or of each rate of an overload (10)")
+    parser.add_argument("--total", type=Path, help="file with the sums of several soaks")
     parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.what == "soak":
-        run_soak(options.requests, options.cancel, options.concurrency, options.seed)
+        run_soak(options.requests, options.cancel, options.concurrency, options.seed, options.seconds, options.total)
     else:
-        run_overload(options.model, options.seconds, options.limit, options.seed)
+        run_overload(options.model, options.seconds or 10.0, options.limit, options.seed)
 
 
 if __name__ == "__main__":
