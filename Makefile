@@ -191,6 +191,10 @@ compiled: $(TEST_READY) ## Build a wheel with a compiled scheduler and KV manage
 	$(PYTEST) --override-ini "pythonpath=out/compiled tests/scheduler tests/sim" --ignore tests/scheduler/test_planted_bugs.py \
 	  tests/scheduler tests/kv tests/sim
 
+SCREENSHOTS ?= out/web
+web-test: $(TEST_READY) ## Click through the server's web page in headless Chromium, with pictures in SCREENSHOTS
+	SAGELLM_SCREENSHOTS="$(SCREENSHOTS)" $(PYTEST) tests/web
+
 interpret: $(TEST_READY) ## Run all checks of the GPU kernels in Triton's interpreter, without a GPU; the suite runs a sample
 	SAGELLM_INTERPRET=all $(PYTEST) tests/kernels/triton/test_interpreter.py
 

@@ -34,6 +34,7 @@ from sageLLM.runtime.server.errors import ApiError, as_api_error, encode_error
 from sageLLM.runtime.server.exchange import Buffers, ClientGoneError, Exchange, Message, Receive, Scope, Send
 from sageLLM.runtime.server.gate import Gate, request_id_of
 from sageLLM.runtime.server.openapi import openapi
+from sageLLM.runtime.server.pages import page_routes
 from sageLLM.runtime.server.service import Service
 
 LOG = logging.getLogger("sagellm")
@@ -107,6 +108,7 @@ class Router:
             get("/health", self.health),
             Route("/ping", Endpoint(self.service, self.health), methods=["GET", "POST"]),
             get("/openapi.json", self.openapi),
+            *(get(path, handle) for path, handle in page_routes().items()),
         ]
 
     def _admitted(self, kind: type[B], handle: Generate[B]) -> Simple:

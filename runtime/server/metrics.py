@@ -90,6 +90,8 @@ class Metrics:
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.transfers = self._counter("kv_transfers", "Requests with KV copied between the pools of strict mode.")
+        phases = self._counter("phase_tokens", "Tokens that steps have computed, by phase.", "phase")
+        self._phases = {phase: phases.labels(**self._values, phase=phase) for phase in ("prefill", "decode")}
         self.restarts = self._counter("engine_restarts", "Starts of the engine after it was lost.")
         by_source = self._counter("prompt_tokens_by_source", "Prompt tokens by their source.", "source")
         self._computed = by_source.labels(**self._values, source="local_compute")
@@ -175,6 +177,8 @@ class Metrics:
         self.prefix_queries.inc(load.prefix_cache_queries - before.prefix_cache_queries)
         self.prefix_hits.inc(load.prefix_cache_hits - before.prefix_cache_hits)
         self.transfers.inc(load.transfers - before.transfers)
+        self._phases["prefill"].inc(load.num_prefill_tokens - before.num_prefill_tokens)
+        self._phases["decode"].inc(load.num_decode_tokens - before.num_decode_tokens)
         self._workers.clear()
         for worker in load.workers:
             labels = {"worker": str(worker.number), "role": worker.role, "state": worker.state}
