@@ -12,7 +12,7 @@ from sageLLM.codegen.diagnostics import Span, did_you_mean
 from sageLLM.codegen.emit.builders import model_rows
 from sageLLM.codegen.emit.dialects import dialect_section
 from sageLLM.codegen.emit.docs import Uses, model_section, op_section
-from sageLLM.codegen.emit.gaps import TARGETS, kernel_gaps, kernel_table, slow_fusions
+from sageLLM.codegen.emit.gaps import TARGETS, kernel_gaps, kernel_table, references, slow_fusions
 from sageLLM.codegen.emit.passes import rule_rows
 from sageLLM.codegen.kernel.cost import with_kernel_cost
 from sageLLM.codegen.kernel.inline import Programs
@@ -101,6 +101,7 @@ def _kernels(op: OpDef, specs: Specs) -> str:
     without = {gap.target for gap in gaps}
     lines = [f"kernels: {', '.join(['reference', *(name for name in TARGETS if name not in without)])}"]
     lines += [f"no {TARGETS[gap.target]} kernel: {gap.reason}" for gap in gaps]
+    lines += references(op, specs)
     return "\n".join([*lines, *(f"slow: {one.message}" for one in slow_fusions([op], specs, programs))])
 
 

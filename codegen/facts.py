@@ -13,8 +13,8 @@ from typing import Any
 
 from sageLLM.codegen.folders import origin
 
-VOCABULARY = ("dims", "op_types", "step_inputs")
-"""The kinds of entry that every op and model can refer to."""
+VOCABULARY = ("dims", "op_types", "step_inputs", "targets")
+"""The kinds of entry that every op and model can refer to, or that its kernels read."""
 
 ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 """Valid names of an architecture in the config.json of a checkpoint."""
@@ -129,7 +129,7 @@ class SpecFacts:
 
     @cached_property
     def vocabulary(self) -> str:
-        """A digest of the dims, op types and step inputs."""
+        """A digest of the dims, op types, step inputs and targets."""
         return self.digest_of(*VOCABULARY)
 
     def digest_of(self, *kinds: str) -> str:

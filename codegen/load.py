@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sageLLM.codegen.schema.models import ModelFile
     from sageLLM.codegen.schema.ops import OpSpec
     from sageLLM.codegen.schema.passes import PassSpec
+    from sageLLM.codegen.schema.targets import TargetSpec
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ class RawSpecs:
     dims: Mapping[str, Entry[str]] = field(default_factory=dict)
     op_types: Mapping[str, Entry[str]] = field(default_factory=dict)
     step_inputs: Mapping[str, Entry[str]] = field(default_factory=dict)
+    targets: "Mapping[str, Entry[TargetSpec]]" = field(default_factory=dict)
     base_files: frozenset[str] = frozenset()
     templates: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
     """Kernel templates of overlays, see `folders.template_files`."""
@@ -75,7 +77,7 @@ class RawSpecs:
         return entry.doc.file in self.base_files
 
     def vocabulary(self) -> "RawSpecs":
-        """Only the dims, op types and step inputs, which every op and model can refer to."""
+        """Only the dims, op types, step inputs and targets, which every op and model can refer to."""
         words = {kind: getattr(self, kind) for kind in VOCABULARY}
         return RawSpecs(**words, base_files=self.base_files, templates=self.templates)
 
@@ -109,6 +111,7 @@ SCHEMAS: dict[str, Schema] = {
     "formats/v1": Schema("formats", "FormatsFile", {"formats": None}, "method"),
     "dims/v1": Schema("vocabulary", "DimsFile", {"dims": "dims"}),
     "op_types/v1": Schema("vocabulary", "OpTypesFile", {"op_types": "op_types"}),
+    "targets/v1": Schema("targets", "TargetsFile", {"targets": "targets"}),
     "inputs/v1": Schema("vocabulary", "InputsFile", {"step_inputs": "step"}),
 }
 

@@ -24,6 +24,18 @@ FUNCTIONS = (
     VALUES
     | {"check_dtypes", "check_precision", "check_rule", "check_types", "consumer_of", "describe_consumers"}
     | {"describe_producer", "exp2_difference", "find_group", "has_default", "is_known", "max_and_index", "normalized"}
+    | {
+        "add_part",
+        "cache",
+        "choose",
+        "current_target",
+        "driver",
+        "find_item",
+        "head_blocks",
+        "is_latent",
+        "load_columns",
+    }
+    | {"load_rows", "score_keys", "score_latent", "split_length", "why_reference"}
     | {"online_softmax", "os", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}
     | {
         "amax",
@@ -50,7 +62,8 @@ FUNCTIONS = (
 PREFIXES = ("has_", "reference_")
 """`has_w` is a size of costs, 1 if the operand is present; `reference_linear` is an import of Triton modules."""
 CLASSES = frozenset(
-    {"AttrSpec", "AttrValue", "Callable", "Call", "Dim", "ElementType", "ExecutionGraph", "FunctionPass"}
+    {"AttrSpec", "AttrValue", "Callable", "Call", "Configuration", "DecodePlan", "Dim", "ElementType", "ExecutionGraph"}
+    | {"COVERED", "FunctionPass", "Mapping", "Routing", "TARGETS", "TEMPLATES", "Target"}
     | {"GraphWriter", "MemoryPass", "MergePass", "NamedTuple", "NearMiss", "NewCall", "OpNode", "OpType"}
     | {"OpTypeBase", "OptimizationPass", "PlacePass", "PrefetchPass", "Rewrite", "RewritePass", "Rule", "Share"}
     | {"StreamPass", "Tensor", "TensorRef", "Tile", "Where", "Any", "None", "True", "False"}

@@ -183,7 +183,7 @@ def _language_page(specs: Specs) -> Output:
         "never converted, and every error shows its line. `sagellm lint` checks spec files; editors complete them with "
         "the schemas in `generated/schema`.",
         "Dims, op types and step inputs are defined in `specs/dims.yaml`, `specs/op_types.yaml` and "
-        "`specs/inputs.yaml`.",
+        "`specs/inputs.yaml`; limits of GPUs and configurations of their kernels in `specs/targets.yaml`.",
     ]
     parts += ["## The compute language", _compute_language()]
     for name, schema in SCHEMAS.items():

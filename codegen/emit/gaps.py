@@ -69,10 +69,28 @@ def kernel_table(ops: Sequence[OpDef], specs: Specs) -> str:
     for op in shown:
         lines.append(f"{op.name:{width}}  {', '.join(_targets(op, gaps))}")
         lines += [f"{'':{width}}  no {name}: {gaps[op.name, name]}" for name in TARGETS if (op.name, name) in gaps]
+        lines += [f"{'':{width}}  {text}" for text in references(op, specs)]
     counts = {name: sum(name in _targets(op, gaps) for op in shown) for name in TARGETS}
     total = ", ".join(f"{count} with {TARGETS[name]} kernels" for name, count in counts.items())
     views = sum("view" in _targets(op, gaps) for op in shown)
     return "\n".join([*lines, "", f"{len(shown)} ops: {total}" + (f", {views} views on GPUs" if views else "")])
+
+
+def references(op: OpDef, specs: Specs) -> list[str]:
+    """The sizes at which the op's Triton kernel has no configuration, so that its launcher runs the reference."""
+    found: dict[str, list[str]] = {}
+    template = op.triton.name.rpartition("/")[2].partition(".")[0] if op.triton is not None else ""
+    for target, entry in specs.raw.targets.items():
+        rows = entry.spec.kernels.get(template, [])
+        for row in (row for row in rows if row.reference is not None):
+            kernels = [other.up_to for other in rows if other.use and other.up_to.get("E") == row.up_to.get("E")]
+            above = f", above {_bounds(kernels[-1])}" if kernels else ""
+            found.setdefault(f"reference up to {_bounds(row.up_to)}{above}: {row.reference}", []).append(target)
+    return [f"{', '.join(targets)}: {text}" for text, targets in found.items()]
+
+
+def _bounds(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sizes.items())
 
 
 def _targets(op: OpDef, gaps: Mapping[tuple[str, str], str]) -> list[str]:

@@ -37,6 +37,8 @@ class TritonKernel:
     op: OpDef
     text: str
     consumer: OpDef | None = None
+    template: str = ""
+    """The name of its template, by which targets choose its configuration."""
 
     @property
     def references(self) -> list[OpDef]:
@@ -58,15 +60,20 @@ def emit_triton(ops: Sequence[OpDef], specs: Specs, renderer: Renderer, programs
         imports=_imports(kernels, specs),
         source=source,
     )
-    rows = tuple({"name": kernel.op.name, "ref": kernel.op.ref} for kernel in kernels)
+    rows = tuple({"name": kernel.op.name, "ref": kernel.op.ref, "template": kernel.template} for kernel in kernels)
     return [Output(f"{FOLDER}/{ops[0].stem}.py", header(source, kernels[0].op.name) + text, refs(rows), rows)]
 
 
 def emit_triton_support(specs: Specs, renderer: Renderer) -> list[Output]:
     """The helpers that kernels import; an overlay uses the package's."""
-    names = () if specs.is_overlay else ("device", "tiles")
-    texts = {name: header("specs/ops", name) + renderer.render(f"triton_{name}.py.jinja") for name in names}
-    return [Output(f"{FOLDER}/{name}.py", text) for name, text in texts.items()]
+    if specs.is_overlay:
+        return []
+    texts = {name: renderer.render(f"triton_{name}.py.jinja") for name in ("device", "heads", "routing", "tiles")}
+    found = [Output(f"{FOLDER}/{name}.py", header("specs/ops", name) + text) for name, text in texts.items()]
+    targets = specs.raw.targets
+    text = renderer.render("triton_targets.py.jinja", targets=targets)
+    entries = tuple(entry.ref for entry in targets.values())
+    return [*found, Output(f"{FOLDER}/targets.py", header("specs/targets.yaml", "kernels") + text, entries)]
 
 
 def emit_triton_table(contents: Contents, renderer: Renderer) -> list[Output]:
@@ -90,11 +97,12 @@ def _imports(kernels: Sequence[TritonKernel], specs: Specs) -> list[str]:
 def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel | None:
     """The kernel from the op's template or from its equations; None if the reference is as good or the only choice."""
     if op.triton is not None:
-        return TritonKernel(op, _template_text(op, op.triton, renderer))
+        return TritonKernel(op, _template_text(op, op.triton, renderer), template=_stem(op.triton.name))
     fused = fused_epilogue_of(op, programs)
     if fused is not None:
         text = _fused_text(op, fused, programs, renderer)
-        return TritonKernel(op, text, fused.consumer) if text else None
+        template = _fused_template(op, fused, programs, renderer)
+        return TritonKernel(op, text, fused.consumer, _stem(template)) if text and template else None
     program = None if op.op_type in MOVES_NOTHING else programs.of(op)
     if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
         return None
@@ -136,9 +144,15 @@ def _fused_template(op: OpDef, fused: FusedEpilogue, programs: Programs, rendere
     return template
 
 
+def _stem(template: str) -> str:
+    """`triton/linear.py.jinja` -> `linear`."""
+    return template.rpartition("/")[2].partition(".")[0]
+
+
 def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
     """The op's template, filled with its constants, its hooks, and the views of its hooks or equations."""
     view: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(template.params)}
+    view["passed"] = ", ".join(f"{attr.name}={attr.name}" for attr in op.attrs)
     hooks: tuple[Hook, ...] = ()
     if op.reference is not None:
         hooks = op.reference.hooks

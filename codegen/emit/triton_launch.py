@@ -17,6 +17,9 @@ from sageLLM.codegen.model.op import OpDef, Operand
 CONSTANTS = ("bool", "str")
 """Types of attrs that a kernel is compiled for; numbers are passed."""
 
+COUNTS = ("R", "T", "B", "S")
+"""Sizes that differ from step to step. For the others, which a model fixes, kernels are compiled."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -53,8 +56,96 @@ class Launch:
         return [f"if {self.condition}:", *(f"    {line}" for line in lines)] if self.condition else lines
 
     @property
+    def constants(self) -> list[str]:
+        return [name.partition(":")[0] for name in self.parameters if "tl.constexpr" in name]
+
+    @property
+    def counts(self) -> str:
+        """The argument of the decorator for numbers that differ from step to step: Triton compiles nothing anew."""
+        found = [name for name in self.parameters if name in COUNTS]
+        return f"(do_not_specialize=[{', '.join(map(repr, found))}])" if found else ""
+
+    @property
     def kernels(self) -> tuple[Kernel, ...]:
         return (self.kernel, self.looped) if self.looped else (self.kernel,)
+
+
+@dataclass(frozen=True, slots=True)
+class JointLaunch:
+    """One launch of several nests: the first programs compute the first nest, and so on.
+
+    if tl.program_id(0) < programs:
+        _qk_rope_kv_store_rows(tl.program_id(0), qkv, ...)
+    else:
+        _qk_rope_kv_store_rows1(tl.program_id(0) - programs, qkv, ...)
+    """
+
+    name: str
+    launches: tuple[Launch, Launch]
+    own: OwnNames
+
+    @property
+    def numbers(self) -> list[tuple[str, str]]:
+        """Parameters of both nests that are passed at run time, with their arguments."""
+        found: dict[str, str] = {}
+        for launch in self.launches:
+            names = [name for name in launch.parameters if "tl.constexpr" not in name]
+            found |= dict(zip(names, launch.arguments, strict=False))
+        return list(found.items())
+
+    @property
+    def constants(self) -> list[str]:
+        """Attrs and sizes of both nests that the kernel is compiled for."""
+        names = (name for launch in self.launches for name in launch.constants)
+        return list(dict.fromkeys(name for name in names if not _is_of_tile(name)))
+
+    @property
+    def kernel_lines(self) -> list[str]:
+        programs = self.own("programs")
+        tiles = [f"{name}_{i}" for i, one in enumerate(self.launches) for name in one.constants if _is_of_tile(name)]
+        numbers = [name for name, _ in self.numbers]
+        counts = [name for name in numbers if name in COUNTS] + [programs]
+        constants = [f"{name}: tl.constexpr" for name in (*self.constants, *tiles)]
+        return [
+            f"@triton.jit(do_not_specialize=[{', '.join(map(repr, counts))}])",
+            f"def {self.name}({', '.join([*numbers, programs, *constants])}):",
+            f"    if tl.program_id(0) < {programs}:",
+            f"        {self._call(0, 'tl.program_id(0)')}",
+            "    else:",
+            f"        {self._call(1, f'tl.program_id(0) - {programs}')}",
+        ]
+
+    def _call(self, number: int, program: str) -> str:
+        launch = self.launches[number]
+        names = [name.partition(":")[0] for name in launch.parameters]
+        passed = [program, *(f"{name}_{number}" if _is_of_tile(name) else name for name in names)]
+        return f"{launch.kernel.name}({', '.join(passed)})"
+
+    @property
+    def call_lines(self) -> list[str]:
+        programs, tiles = self.own("programs"), [self.own(f"tile_{i}") for i in range(2)]
+        lines = []
+        for tile, launch in zip(tiles, self.launches, strict=True):
+            lines += [*launch.setup, f"{tile} = {launch.tile}"]
+        first, second = (f"{tile}.grid({one.rows})[0]" for tile, one in zip(tiles, self.launches, strict=True))
+        blocks = [
+            f"{name}_{i}={tiles[i]}.{'rows' if name == 'ROWS' else 'block'}"
+            for i, one in enumerate(self.launches)
+            for name in one.constants
+            if _is_of_tile(name)
+        ]
+        constants = [f"{name}={name}" for name in self.constants]
+        arguments = [*(text for _, text in self.numbers), programs, *constants, *blocks]
+        warps = f"num_warps=max({tiles[0]}.num_warps, {tiles[1]}.num_warps)"
+        count = self.own("num_programs")
+        grid = f"({count}, max({tiles[0]}.num_blocks, {tiles[1]}.num_blocks))"
+        arguments += [warps, "num_stages=1", "enable_fp_fusion=False"]
+        lines += [f"{programs} = {first}", f"{count} = {programs} + {second}", f"if {count} > 0:"]
+        return [*lines, f"    {self.name}[{grid}]({', '.join(arguments)})"]
+
+
+def _is_of_tile(name: str) -> bool:
+    return name == "ROWS" or name.startswith("BLOCK_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +155,25 @@ class RowsView:
     op: OpDef
     setup: tuple[str, ...]  # sizes, long rows, outputs, operands as rows
     launches: tuple[Launch, ...]
+    joint: JointLaunch | None
     result: str
     kernel: str
+
+    @property
+    def call_lines(self) -> list[str]:
+        if self.joint is not None:
+            return self.joint.call_lines
+        return [line for one in self.launches for line in (*one.setup, *one.call_lines(self.kernel))]
 
 
 def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
     """An op that `updates` its in-place outputs writes parts of them, so they are the inputs' memory."""
     own = own_names(op, program)
-    launches = [_launch(op, nest, own, f"{number or ''}") for number, nest in enumerate(program.nests)]
+    is_joint = len(program.nests) == 2
+    launches = [
+        _launch(op, nest, own, f"{number or ''}", is_joint=is_joint) for number, nest in enumerate(program.nests)
+    ]
+    joint = JointLaunch(f"_{op.name}_kernel", (launches[0], launches[1]), own) if is_joint else None
     text = "\n".join(
         text for launch in launches for text in (launch.condition, launch.tile, *launch.setup, *launch.arguments)
     )
@@ -82,6 +184,7 @@ def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
         op,
         (*sizes, *_long_rows(op, launches), *_dense(op, updates=updates), *outputs, *as_rows),
         tuple(launches),
+        joint,
         ", ".join(o.name for o in op.outputs),
         own("kernel"),
     )
@@ -98,25 +201,27 @@ def _dense(op: OpDef, *, updates: bool) -> list[str]:
 
 
 def _long_rows(op: OpDef, launches: Sequence[Launch]) -> list[str]:
-    """Rows with selections must fit in a tile: longer ones use the reference, which sorts."""
+    """Rows with selections, and those of joint launches, must fit in a tile: longer ones use the reference."""
     columns = dict.fromkeys(launch.selected for launch in launches if launch.selected)
     arguments = ", ".join([*(o.name for o in op.inputs), *(f"{attr.name}={attr.name}" for attr in op.attrs)])
     longest = next(iter(columns), "") if len(columns) < 2 else f"max({', '.join(columns)})"
     return [f"if {longest} > LONGEST_TILE:", f"    return reference_{op.name}({arguments})"] if longest else []
 
 
-def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str) -> Launch:
-    whole = RowKernel(op, nest, own, whole=True)
-    is_looped = whole.has_reductions and not whole.selections
+def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str, *, is_joint: bool) -> Launch:
+    """A nest of several that are launched together has rows that fit in a tile, as heads do."""
+    whole = RowKernel(op, nest, own, whole=True, program=own("program") if is_joint else "tl.program_id(0)")
+    is_looped = whole.has_reductions and not whole.selections and not is_joint
     looped = RowKernel(op, nest, own, whole=False) if is_looped else None
     text = "\n".join((*whole.lines, *(looped.lines if looped else ())))
     arguments = {key: value for key, value in _arguments(op, own).items() if re.search(rf"\b{key}\b", text)}
     constants = [attr.name for attr in op.attrs if attr.type in CONSTANTS and attr.name in arguments]
+    constants += [size for size in op.symbols if size in arguments and size not in COUNTS]
     numbers = [key for key in arguments if key not in constants]
     blocks = [block_name(loop) for loop in whole.loops]
     columns, setup = _columns(whole, own("columns"))
     return Launch(
-        Kernel(f"_{op.name}_{'rows' if looped else 'kernel'}{suffix}", tuple(whole.lines)),
+        Kernel(f"_{op.name}_{'rows' if looped or is_joint else 'kernel'}{suffix}", tuple(whole.lines)),
         Kernel(f"_{op.name}_long{suffix}", tuple(looped.lines)) if looped else None,
         parameters=(*numbers, *(f"{name}: tl.constexpr" for name in (*constants, "ROWS", *blocks))),
         setup=setup,
@@ -128,7 +233,9 @@ def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str) -> Launch:
             *(f"{name}={name}" for name in constants),
             *_blocks(whole),
         ),
-        selected=(setup[0].partition(" = ")[2] if setup else columns) if whole.selections else "",
+        selected=(setup[0].partition(" = ")[2] if setup else columns)
+        if whole.selections or (is_joint and whole.has_reductions)
+        else "",
     )
 
 

@@ -79,14 +79,15 @@ def size_text(size: Size) -> str:
 class RowKernel:
     """The lines of the kernel for one nest; if it has reductions, `whole` makes a row one tile and not many blocks."""
 
-    def __init__(self, op: OpDef, nest: Nest, own: OwnNames, *, whole: bool) -> None:
-        self.op, self.nest, self.own, self.whole = op, nest, own, whole
+    def __init__(self, op: OpDef, nest: Nest, own: OwnNames, *, whole: bool, program: str = "tl.program_id(0)") -> None:
+        self.op, self.nest, self.own, self.whole, self.program = op, nest, own, whole, program
         self.lines: list[str] = []
         self._operands = {operand.name: operand for operand in (*self.op.inputs, *self.op.outputs)}
         self._values = {operand.name: own(f"{operand.name}_value") for operand in self.op.outputs}
         self._text = TritonText(self._leaf)
         self._done: set[tuple[str, str]] = set()  # loop and name of the values that are in registers already
         self._row_names = {loop.variable for loop in self.nest.rows}
+        self._early: dict[Load, str] = {}
         self._write()
 
     @property
@@ -124,15 +125,17 @@ class RowKernel:
         self.lines = [line for line in self.lines if not _is_unused(line, text)]
 
     def _rows(self) -> list[str]:
-        row = self.nest.rows[0].variable if len(self.nest.rows) == 1 else self.own("row")
-        lines = [f"{row} = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]"]
+        is_single = len(self.nest.rows) == 1
+        row = self.nest.rows[0].variable if is_single else self.own("row")
+        program = f"{self.program}.to(tl.int64)" if is_single else self.program  # division of 32 bits is faster
+        lines = [f"{row} = ({program} * ROWS + tl.arange(0, ROWS))[:, None]"]
         lines += [f"{self.own('is_row')} = {row} < {self.rows_text}"]
-        if len(self.nest.rows) == 1:
+        if is_single:
             return lines
         rest = row
         for number, loop in reversed(list(enumerate(self.nest.rows))):
             extent = _bracketed(size_text(loop.extent))
-            lines.append(f"{loop.variable} = {rest if number == 0 else f'{rest} % {extent}'}")
+            lines.append(f"{loop.variable} = {f'({rest}).to(tl.int64)' if number == 0 else f'{rest} % {extent}'}")
             rest = f"{rest} // {extent}"
         return lines
 
@@ -259,7 +262,23 @@ class RowKernel:
         if (loop.variable, loop.variable) not in self._done:
             self._put(f"{loop.variable} = tl.arange(0, {block_name(loop)})[None, :]")
             self._put(f"{inside_name(loop)} = {loop.variable} < {size_text(loop.extent)}")
+            self._load_early(loop)
         self._done.add((loop.variable, loop.variable))
+
+    def _load_early(self, loop: Loop) -> None:
+        """Loads what all rows share, such as the weight of a norm, before the program waits for a reduction."""
+        sweeps = [sweep for sweep in self.nest.sweeps if sweep.loop == loop]
+        inputs = {operand.name: operand for operand in self.op.inputs}
+        for load in dict.fromkeys(one for sweep in sweeps for one in _values(sweep) if isinstance(one, Load)):
+            used = {name for at in load.location.index for name in at.variables}
+            operand = inputs.get(load.location.operand)
+            if operand is None or used != {loop.variable} or operand.name in self.op.inplace.values():
+                continue
+            number = sum(other.location.operand == operand.name for other in self._early)
+            name = self.own(f"{operand.name}_shared{number or ''}")
+            none = f" if {operand.name} is not None else None" if operand.optional else ""
+            self._put(f"{name} = {self._leaf(load)}{none}")
+            self._early[load] = name
 
     def _fold(self, fold: Fold, loop: Loop) -> None:
         extent = size_text(fold.loop.extent)
@@ -300,6 +319,8 @@ class RowKernel:
         if isinstance(expr, Ref):
             return self._values.get(expr.name, expr.name)
         assert isinstance(expr, Load), f"no Triton text for {type(expr).__name__}"
+        if expr in self._early:
+            return self._early[expr]
         mask = self._mask(expr.location)
         guarded = f", mask={mask}, other=0" if mask else ""
         text = f"tl.load({self._address(expr.location)}{guarded})"

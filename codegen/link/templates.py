@@ -23,7 +23,7 @@ _OF_EQUATIONS = frozenset(
 )  # fmt: skip
 STANDARD = {
     "reference": frozenset({"op", "attrs", "used", "plain"}),
-    TRITON: _OF_HOOKS | _OF_EQUATIONS | {"op", "attrs"},
+    TRITON: _OF_HOOKS | _OF_EQUATIONS | {"op", "attrs", "passed"},
 }
 """Variables that the generator passes to all templates of a folder, besides the op's hooks and parameters."""
 

@@ -20,6 +20,7 @@ from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack, unpack
+from sageLLM.runtime.kernels.triton import why_references
 
 KernelChoice: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 KERNEL_CHOICES: tuple[KernelChoice, ...] = ("auto", "reference", "cpu", "triton")
@@ -104,7 +105,8 @@ class TorchPlanner:
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Plan:
         ops = Counter(node.op for node in graph.nodes.values())
-        in_python = {op: (count, self.name) for op, count in ops.items()}
+        references = why_references(graph) if self.name == "triton" else {}
+        in_python = {op: (count, references.get(op, self.name)) for op, count in ops.items()}
         self.stats.append(KernelStats(graph.graph_id, 0, in_python))
         tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
         if self.device is None:
@@ -112,6 +114,9 @@ class TorchPlanner:
         self._buffers = self._buffers or DeviceBuffers(self.device)
         # Micro-batches have inputs of their own, for which steps are not padded to buckets.
         is_captured = self.captures and graph.stage == "decode" and "block_table" in graph.inputs
+        if references:  # those of attention read lengths, which a capture does not allow
+            LOG.warning("%s runs without CUDA graphs: %s", graph.graph_id, "; ".join(references.values()))
+            is_captured = False
         make = GraphedPlan if is_captured else DevicePlan
         return make(graph, self._kernels, tensors, self._buffers)
 

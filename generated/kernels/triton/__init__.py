@@ -59,7 +59,7 @@ from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interle
 from .sampling import sample
 from .varlen_attention import varlen_attention
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "TEMPLATES"]
 
 KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "silu_mul": silu_mul,
@@ -130,3 +130,20 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "sample": sample,
     "varlen_attention": varlen_attention,
 }
+
+TEMPLATES: dict[str, str] = {
+    "paged_prefill_attention": "paged_prefill",
+    "paged_decode_attention": "paged_decode",
+    "router_logits": "linear",
+    "topk_router": "topk_router",
+    "expert_linear": "expert_linear",
+    "expert_down": "expert_linear",
+    "kv_store": "kv_store",
+    "linear": "linear",
+    "lm_head": "linear",
+    "head_linear": "linear",
+    "lm_head_sample": "gemm_sample",
+    "sample": "sample",
+    "varlen_attention": "varlen",
+}
+"""The templates of kernels that are not made from equations, by which `targets` holds their configurations."""

@@ -31,8 +31,8 @@ __all__ = [
 
 
 # specs/ops/activation.yaml: silu_mul
-@triton.jit
-def _silu_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _silu_mul_kernel(gu, y, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -61,14 +61,14 @@ def silu_mul(gu: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _silu_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu_mul
-@triton.jit
-def _gelu_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _gelu_mul_kernel(gu, y, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -97,14 +97,14 @@ def gelu_mul(gu: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _gelu_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu_tanh_mul
-@triton.jit
-def _gelu_tanh_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _gelu_tanh_mul_kernel(gu, y, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -134,14 +134,14 @@ def gelu_tanh_mul(gu: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _gelu_tanh_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu_mul
-@triton.jit
-def _relu_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _relu_mul_kernel(gu, y, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -173,14 +173,14 @@ def relu_mul(gu: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _relu_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu_squared_mul
-@triton.jit
-def _relu_squared_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _relu_squared_mul_kernel(gu, y, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -211,14 +211,14 @@ def relu_squared_mul(gu: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _relu_squared_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: sigmoid_mul
-@triton.jit
-def _sigmoid_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _sigmoid_mul_kernel(gu, y, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -246,14 +246,16 @@ def sigmoid_mul(gu: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _sigmoid_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: clamped_silu_mul
-@triton.jit
-def _clamped_silu_mul_kernel(gu, y, alpha, limit, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _clamped_silu_mul_kernel(
+    gu, y, alpha, limit, R, gu_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr
+):
     E: tl.constexpr = gu.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -287,14 +289,14 @@ def clamped_silu_mul(gu: Tensor, *, alpha: float = 1.702, limit: float = 7.0) ->
     if R > 0 and I > 0:
         tile = split_tile(I)
         _clamped_silu_mul_kernel[tile.grid(R)](
-            gu_rows, y_rows, alpha, limit, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            gu_rows, y_rows, alpha, limit, R, gu_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu
-@triton.jit
-def _gelu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _gelu_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -317,14 +319,14 @@ def gelu(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _gelu_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu_tanh
-@triton.jit
-def _gelu_tanh_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _gelu_tanh_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -346,14 +348,14 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _gelu_tanh_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: quick_gelu
-@triton.jit
-def _quick_gelu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _quick_gelu_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -374,14 +376,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _quick_gelu_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: silu
-@triton.jit
-def _silu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _silu_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -402,14 +404,14 @@ def silu(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _silu_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu
-@triton.jit
-def _relu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _relu_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
@@ -436,14 +438,14 @@ def relu(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _relu_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu_squared
-@triton.jit
-def _relu_squared_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _relu_squared_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -468,14 +470,14 @@ def relu_squared(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _relu_squared_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: sigmoid
-@triton.jit
-def _sigmoid_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _sigmoid_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -499,14 +501,14 @@ def sigmoid(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _sigmoid_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: tanh
-@triton.jit
-def _tanh_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _tanh_kernel(x, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -530,14 +532,16 @@ def tanh(x: Tensor) -> Tensor:
     if R > 0 and I > 0:
         tile = split_tile(I)
         _tanh_kernel[tile.grid(R)](
-            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+            x_rows, y_rows, R, x_rows.stride(0), y_rows.stride(0), I=I, BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: xielu
-@triton.jit
-def _xielu_kernel(x, alpha_p, alpha_n, beta, eps, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _xielu_kernel(
+    x, alpha_p, alpha_n, beta, eps, y, R, x_R, y_R, I: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr
+):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -568,10 +572,10 @@ def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor
             beta,
             eps,
             y_rows,
-            I,
             R,
             x_rows.stride(0),
             y_rows.stride(0),
+            I=I,
             BLOCK_I=tile.block,
             **tile.meta,
         )

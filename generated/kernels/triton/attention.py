@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.attention import paged_decode_attention as reference_paged_decode_attention
+from ..reference.attention import paged_prefill_attention as reference_paged_prefill_attention
 from . import device
+from .heads import DecodePlan, head_blocks, is_latent
+from .targets import choose
 
 __all__ = [
     "paged_decode_attention",
@@ -16,7 +20,7 @@ __all__ = [
 
 
 # specs/ops/attention.yaml: paged_prefill_attention
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "table_row"])
 def _paged_prefill_attention_kernel(
     q,
     k_cache,
@@ -47,32 +51,37 @@ def _paged_prefill_attention_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BS: tl.constexpr,
+    LATENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = BLOCK_M // BLOCK_G
+    TOKENS: tl.constexpr = max(BLOCK_M // G, 1)
+    HEAD_TILES: tl.constexpr = (G + BLOCK_M - 1) // BLOCK_M
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they start first
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // HEAD_TILES
     b = device.find_group(q_start, num_sequences, tile, TOKENS)
     begin = tl.load(q_start + b)
     num_tokens = tl.load(q_start + b + 1) - begin
     token = (tile - begin // TOKENS - b) * TOKENS
-    if token >= num_tokens:
+    if token >= num_tokens or num_tokens == 1:
         return
     length = tl.load(seq_lens + b)
-    i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    head = kv_head * G + i % BLOCK_G
-    row = token + i // BLOCK_G
-    is_query = (row < num_tokens) & (i % BLOCK_G < G)
+    i, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    i += tl.program_id(1) % HEAD_TILES * BLOCK_M  # row i is head i % G of token i // G
+    head = kv_head * G + i % G
+    row = token + i // G
+    is_query = (row < num_tokens) & (i < TOKENS * G)
     h, is_row = head[:, None], is_query[:, None]
     m = (length - num_tokens + row)[:, None]
     m_first = length - num_tokens + token
     m_last = length - num_tokens + tl.minimum(token + TOKENS, num_tokens) - 1
     t = (begin + row).to(tl.int64)[:, None]
-    queries = tl.load(q + t * q_row + h * q_head + d[None, :], mask=is_row & (d < D)[None, :], other=0.0)
+    q_rows = q + t * q_row + h * q_head
+    queries = device.load_rows(q_rows, is_row, D, 0, BLOCK_D)
+    rest = device.load_rows(q_rows, is_row, D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -99,9 +108,11 @@ def _paged_prefill_attention_kernel(
             slot = position % BS
             key_rows = k_cache + page * k_page + slot * k_slot + kv_head * k_head
             value_rows = v_cache + page * v_page + slot * v_slot + kv_head * v_head
-            keys = tl.load(key_rows[None, :] + d[:, None], mask=is_key[None, :] & (d < D)[:, None], other=0.0)
             n = position[None, :]
-            score = tl.dot(queries, keys, input_precision="ieee")
+            if LATENT:
+                score, values = device.score_latent(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
+            else:
+                score = device.score_keys(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
             if softcap is None and slopes is None:
                 score = score * (scale * device.LOG2E)
             else:
@@ -120,7 +131,8 @@ def _paged_prefill_attention_kernel(
                     score,
                     float("-inf"),
                 )
-            values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
+            if not LATENT:
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
             acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
     sink = device.sink_scores(sinks, head, is_query)
     top = tl.maximum(row_max, sink)
@@ -129,6 +141,161 @@ def _paged_prefill_attention_kernel(
     row_sum = row_sum * scaling + tl.where(row_sum == 0.0, 0.0, device.exp2_difference(sink, top))
     result = device.normalized(acc, row_sum)
     tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "table_row", "max_splits"])
+def _paged_prefill_attention_split(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    seq_lens,
+    q_start,
+    sinks,
+    slopes,
+    o,
+    parts,
+    part_lse,
+    arrived,
+    num_sequences,
+    max_splits,
+    scale,
+    softcap,
+    chunk,
+    window,
+    q_row,
+    q_head,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    table_row,
+    o_row,
+    o_head,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BS: tl.constexpr,
+    LATENT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    HEAD_TILES: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
+    kv_head = tl.program_id(0) // HEAD_TILES
+    g, dv = tl.program_id(0) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_DV)
+    head = kv_head * G + g
+    is_head = g < G
+    h = head[:, None]
+    is_result = is_head[:, None] & (dv < DV)[None, :]
+    s = tl.arange(0, BLOCK_B)
+    is_sequence = s < num_sequences
+    if q_start is not None:  # sequences with more rows are prompts
+        is_sequence &= (
+            tl.load(q_start + s + 1, mask=is_sequence, other=0) == tl.load(q_start + s, mask=is_sequence, other=0) + 1
+        )
+    lengths = tl.load(seq_lens + s, mask=is_sequence, other=0)
+    num_keys = (
+        lengths
+        - (
+            tl.maximum(
+                (lengths - 1) - (lengths - 1) % chunk,
+                (tl.maximum((lengths - 1) - window + 1, 0) if window is not None else 0),
+            )
+            if chunk is not None
+            else (tl.maximum((lengths - 1) - window + 1, 0) if window is not None else 0)
+        )
+        // BLOCK_N
+        * BLOCK_N
+    )
+    part_keys = device.split_length(num_keys, SPLIT, MAX_SPLITS, BLOCK_N)
+    counts = tl.where(is_sequence, tl.maximum((num_keys + part_keys - 1) // tl.maximum(part_keys, 1), 1), 0)
+    for item in range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
+        group, split = device.find_item(counts, item)
+        b = group.to(tl.int64)
+        num_splits = tl.sum(tl.where(s == group, counts, 0), 0)
+        split_keys = tl.sum(tl.where(s == group, part_keys, 0), 0)
+        length = tl.load(seq_lens + b)
+        t = b if q_start is None else tl.load(q_start + b).to(tl.int64)
+        m = length - 1
+        start = (
+            tl.maximum(m - m % chunk, (tl.maximum(m - window + 1, 0) if window is not None else 0))
+            if chunk is not None
+            else (tl.maximum(m - window + 1, 0) if window is not None else 0)
+        ) // BLOCK_N * BLOCK_N + split * split_keys
+        stop = tl.minimum(start + split_keys, length)
+        q_rows = q + t * q_row + h * q_head
+        queries = device.load_rows(q_rows, is_head[:, None], D, 0, BLOCK_D)
+        rest = device.load_rows(q_rows, is_head[:, None], D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
+        row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+        for tile_start in range(start, stop, BLOCK_N):
+            position = tile_start + tl.arange(0, BLOCK_N)
+            is_key = position < stop
+            page = tl.load(block_table + b * table_row + position // BS, mask=is_key, other=0).to(tl.int64)
+            slot = position % BS
+            key_rows = k_cache + page * k_page + slot * k_slot + kv_head * k_head
+            value_rows = v_cache + page * v_page + slot * v_slot + kv_head * v_head
+            n = position[None, :]
+            if LATENT:
+                score, values = device.score_latent(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
+            else:
+                score = device.score_keys(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
+            if softcap is None and slopes is None:
+                score = score * (scale * device.LOG2E)
+            else:
+                score = score * scale
+                if slopes is not None:
+                    score += tl.load(slopes + h, mask=is_head[:, None], other=0.0) * (n - m).to(tl.float32)
+                score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
+            score = tl.where(
+                is_key[None, :]
+                & (
+                    (n <= m)
+                    & (n > m - window if window is not None else True)
+                    & (n >= m - device.floor_remainder(m, chunk) if chunk is not None else True)
+                ),
+                score,
+                float("-inf"),
+            )
+            if not LATENT:
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+        num_missing = num_splits - 1
+        if num_splits > 1:
+            part = (b * (tl.num_programs(0) // HEAD_TILES * G) + head) * max_splits
+            tl.store(
+                parts + (part + split)[:, None] * DV + dv[None, :], device.normalized(acc, row_sum), mask=is_result
+            )
+            lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+            tl.store(part_lse + part + split, lse, mask=is_head)
+            tl.debug_barrier()  # all threads have stored before one of them counts the part
+            counter = arrived + b * tl.num_programs(0) + tl.program_id(0)
+            num_missing -= tl.atomic_add(counter, 1)
+            if num_missing == 0:
+                tl.store(counter, 0)
+                row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                row_sum = tl.zeros([BLOCK_H], tl.float32)
+                acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+                for number in range(num_splits):
+                    lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
+                    one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
+                    acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
+        if num_missing == 0:
+            sink = device.sink_scores(sinks, head, is_head)
+            top = tl.maximum(row_max, sink)
+            scaling = device.exp2_difference(row_max, top)
+            row_sum = row_sum * scaling + tl.where(row_sum == 0.0, 0.0, device.exp2_difference(sink, top))
+            result = device.normalized(acc * scaling[:, None], row_sum)
+            tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_result)
 
 
 def paged_prefill_attention(
@@ -148,17 +315,67 @@ def paged_prefill_attention(
 ) -> Tensor:
     """Softmax attention of q [T, Nq, D], the last rows of each sequence, over its cached keys.
 
-    One launch takes prompts, chunks of prompts and decode steps.
+    One launch computes the sequences with one row, which are decodes, and one those with more.
     """
-    T, Nq, D = q.shape
-    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+    (T, Nq, D), (_, BS, Nkv, Dv), B = q.shape, v_cache.shape, seq_lens.shape[0]
+    use, decode = (
+        choose("paged_prefill", E=q.element_size(), D=D, Dv=Dv),
+        choose("paged_decode", E=q.element_size(), D=D, Dv=Dv),
+    )
+    if use is None or decode is None:
+        return reference_paged_prefill_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            q_start,
+            sinks,
+            slopes,
+            scale=scale,
+            window=window,
+            chunk=chunk,
+            softcap=softcap,
+        )
     o = torch.empty(T, Nq, Dv, dtype=q.dtype, device=q.device)
-    G, B = Nq // Nkv, seq_lens.shape[0]
-    BLOCK_G = triton.next_power_of_2(G)
-    BLOCK_M = max(128, BLOCK_G)
     if T == 0:
         return o
-    _paged_prefill_attention_kernel[(T // (BLOCK_M // BLOCK_G) + B, Nkv)](
+    G, LATENT = Nq // Nkv, is_latent(k_cache, v_cache)
+    plan = DecodePlan.of(decode, B, Nq, Nkv, D, Dv, block_table.shape[1] * BS)
+    parts, part_lse, arrived = plan.workspace(B, q.device, "paged_prefill_attention")
+    _paged_prefill_attention_split[plan.grid](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        q_start,
+        sinks,
+        slopes,
+        o,
+        parts,
+        part_lse,
+        arrived,
+        B,
+        plan.max_splits,
+        scale,
+        softcap,
+        chunk,
+        window,
+        q.stride(0),
+        q.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_table.stride(0),
+        *o.stride()[:2],
+        BS=BS,
+        LATENT=LATENT,
+        **plan.meta,
+    )
+    if T <= 1:
+        return o
+    BLOCK_M = use["BLOCK_M"]
+    _paged_prefill_attention_kernel[(T // max(BLOCK_M // G, 1) + B, Nkv * triton.cdiv(G, BLOCK_M))](
         q,
         k_cache,
         v_cache,
@@ -183,31 +400,34 @@ def paged_prefill_attention(
         D=D,
         DV=Dv,
         BS=BS,
+        LATENT=LATENT,
         BLOCK_M=BLOCK_M,
-        BLOCK_G=BLOCK_G,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        BLOCK_DV=max(16, triton.next_power_of_2(Dv)),
-        BLOCK_N=64,
-        num_warps=8,
-        num_stages=2,
+        **head_blocks(D, Dv),
+        BLOCK_N=use["BLOCK_N"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return o
 
 
 # specs/ops/attention.yaml: paged_decode_attention
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "table_row", "max_splits"])
 def _paged_decode_attention_split(
     q,
     k_cache,
     v_cache,
     block_table,
     seq_lens,
+    q_start,
     sinks,
     slopes,
     o,
     parts,
     part_lse,
+    arrived,
+    num_sequences,
+    max_splits,
     scale,
     softcap,
     chunk,
@@ -227,125 +447,124 @@ def _paged_decode_attention_split(
     D: tl.constexpr,
     DV: tl.constexpr,
     BS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    LATENT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
-    b, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(seq_lens + b)
-    m = length - 1
-    first = (
-        tl.maximum(m - m % chunk, (tl.maximum(m - window + 1, 0) if window is not None else 0))
-        if chunk is not None
-        else (tl.maximum(m - window + 1, 0) if window is not None else 0)
-    )
-    start, stop = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length)
-    if ((start >= length) | (stop <= first)) & (NUM_SPLITS > 1):
-        return  # the merge skips the split too
-    g, d, dv = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    HEAD_TILES: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
+    kv_head = tl.program_id(0) // HEAD_TILES
+    g, dv = tl.program_id(0) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_DV)
     head = kv_head * G + g
     is_head = g < G
     h = head[:, None]
-    queries = tl.load(q + b * q_row + h * q_head + d[None, :], mask=is_head[:, None] & (d < D)[None, :], other=0.0)
-    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-    for tile_start in range(tl.maximum(start, first // BLOCK_N * BLOCK_N), stop, BLOCK_N):
-        position = tile_start + tl.arange(0, BLOCK_N)
-        is_key = position < stop
-        page = tl.load(block_table + b * table_row + position // BS, mask=is_key, other=0).to(tl.int64)
-        slot = position % BS
-        keys = tl.load(
-            k_cache + (page * k_page + slot * k_slot)[None, :] + kv_head * k_head + d[:, None],
-            mask=is_key[None, :] & (d < D)[:, None],
-            other=0.0,
-        )
-        n = position[None, :]
-        score = tl.dot(queries, keys, input_precision="ieee")
-        if softcap is None and slopes is None:
-            score = score * (scale * device.LOG2E)
-        else:
-            score = score * scale
-            if slopes is not None:
-                score += tl.load(slopes + h, mask=is_head[:, None], other=0.0) * (n - m).to(tl.float32)
-            score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
-        score = tl.where(
-            is_key[None, :]
-            & (
-                (n <= m)
-                & (n > m - window if window is not None else True)
-                & (n >= m - device.floor_remainder(m, chunk) if chunk is not None else True)
-            ),
-            score,
-            float("-inf"),
-        )
-        values = tl.load(
-            v_cache + (page * v_page + slot * v_slot)[:, None] + kv_head * v_head + dv[None, :],
-            mask=is_key[:, None] & (dv < DV)[None, :],
-            other=0.0,
-        )
-        acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
-    result = device.normalized(acc, row_sum)
-    lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
     is_result = is_head[:, None] & (dv < DV)[None, :]
-    if NUM_SPLITS == 1:  # as the merge does it, to the bit
-        sink = device.sink_scores(sinks, head, is_head)
-        top = tl.maximum(lse, sink)
-        scaling = device.exp2_difference(lse, top)
-        result = device.normalized(result * scaling[:, None], scaling + device.exp2_difference(sink, top))
-        tl.store(o + b * o_row + h * o_head + dv[None, :], result, mask=is_result)
-    else:
-        part = (b * tl.num_programs(1) * G + head) * NUM_SPLITS + split
-        tl.store(parts + part[:, None] * DV + dv[None, :], result, mask=is_result)
-        tl.store(part_lse + part, lse, mask=is_head)
-
-
-@triton.jit
-def _paged_decode_attention_merge(
-    parts,
-    part_lse,
-    seq_lens,
-    sinks,
-    o,
-    softcap,
-    chunk,
-    window,
-    o_row,
-    o_head,
-    DV: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    b, head = tl.program_id(0).to(tl.int64), tl.program_id(1) + tl.arange(0, 1)
-    length = tl.load(seq_lens + b)
-    m = length - 1
-    start, stop = (
-        (
+    s = tl.arange(0, BLOCK_B)
+    is_sequence = s < num_sequences
+    if q_start is not None:  # sequences with more rows are prompts
+        is_sequence &= (
+            tl.load(q_start + s + 1, mask=is_sequence, other=0) == tl.load(q_start + s, mask=is_sequence, other=0) + 1
+        )
+    lengths = tl.load(seq_lens + s, mask=is_sequence, other=0)
+    num_keys = (
+        lengths
+        - (
+            tl.maximum(
+                (lengths - 1) - (lengths - 1) % chunk,
+                (tl.maximum((lengths - 1) - window + 1, 0) if window is not None else 0),
+            )
+            if chunk is not None
+            else (tl.maximum((lengths - 1) - window + 1, 0) if window is not None else 0)
+        )
+        // BLOCK_N
+        * BLOCK_N
+    )
+    part_keys = device.split_length(num_keys, SPLIT, MAX_SPLITS, BLOCK_N)
+    counts = tl.where(is_sequence, tl.maximum((num_keys + part_keys - 1) // tl.maximum(part_keys, 1), 1), 0)
+    for item in range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
+        group, split = device.find_item(counts, item)
+        b = group.to(tl.int64)
+        num_splits = tl.sum(tl.where(s == group, counts, 0), 0)
+        split_keys = tl.sum(tl.where(s == group, part_keys, 0), 0)
+        length = tl.load(seq_lens + b)
+        t = b if q_start is None else tl.load(q_start + b).to(tl.int64)
+        m = length - 1
+        start = (
             tl.maximum(m - m % chunk, (tl.maximum(m - window + 1, 0) if window is not None else 0))
             if chunk is not None
             else (tl.maximum(m - window + 1, 0) if window is not None else 0)
-        )
-        // SPLIT,
-        (length + SPLIT - 1) // SPLIT,
-    )
-    part = (b * tl.num_programs(1) + tl.program_id(1)) * NUM_SPLITS
-    s, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
-    lse = tl.load(part_lse + part + s, mask=(s >= start) & (s < stop), other=float("-inf"))
-    sink = device.sink_scores(sinks, head, head >= 0)
-    top = tl.maximum(sink, tl.max(lse, 0))
-    row_sum = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_DV], tl.float32)
-    for split in range(start, stop):
-        scaling = device.exp2_difference(tl.load(part_lse + part + split + tl.arange(0, 1)), top)
-        acc += scaling[:, None] * tl.load(parts + (part + split) * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
-        row_sum += scaling
-    result = device.normalized(acc, row_sum + device.exp2_difference(sink, top))
-    tl.store(o + b * o_row + head[:, None] * o_head + dv[None, :], result, mask=(dv < DV)[None, :])
+        ) // BLOCK_N * BLOCK_N + split * split_keys
+        stop = tl.minimum(start + split_keys, length)
+        q_rows = q + t * q_row + h * q_head
+        queries = device.load_rows(q_rows, is_head[:, None], D, 0, BLOCK_D)
+        rest = device.load_rows(q_rows, is_head[:, None], D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
+        row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+        for tile_start in range(start, stop, BLOCK_N):
+            position = tile_start + tl.arange(0, BLOCK_N)
+            is_key = position < stop
+            page = tl.load(block_table + b * table_row + position // BS, mask=is_key, other=0).to(tl.int64)
+            slot = position % BS
+            key_rows = k_cache + page * k_page + slot * k_slot + kv_head * k_head
+            value_rows = v_cache + page * v_page + slot * v_slot + kv_head * v_head
+            n = position[None, :]
+            if LATENT:
+                score, values = device.score_latent(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
+            else:
+                score = device.score_keys(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
+            if softcap is None and slopes is None:
+                score = score * (scale * device.LOG2E)
+            else:
+                score = score * scale
+                if slopes is not None:
+                    score += tl.load(slopes + h, mask=is_head[:, None], other=0.0) * (n - m).to(tl.float32)
+                score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
+            score = tl.where(
+                is_key[None, :]
+                & (
+                    (n <= m)
+                    & (n > m - window if window is not None else True)
+                    & (n >= m - device.floor_remainder(m, chunk) if chunk is not None else True)
+                ),
+                score,
+                float("-inf"),
+            )
+            if not LATENT:
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+        num_missing = num_splits - 1
+        if num_splits > 1:
+            part = (b * (tl.num_programs(0) // HEAD_TILES * G) + head) * max_splits
+            tl.store(
+                parts + (part + split)[:, None] * DV + dv[None, :], device.normalized(acc, row_sum), mask=is_result
+            )
+            lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+            tl.store(part_lse + part + split, lse, mask=is_head)
+            tl.debug_barrier()  # all threads have stored before one of them counts the part
+            counter = arrived + b * tl.num_programs(0) + tl.program_id(0)
+            num_missing -= tl.atomic_add(counter, 1)
+            if num_missing == 0:
+                tl.store(counter, 0)
+                row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                row_sum = tl.zeros([BLOCK_H], tl.float32)
+                acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+                for number in range(num_splits):
+                    lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
+                    one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
+                    acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
+        if num_missing == 0:
+            sink = device.sink_scores(sinks, head, is_head)
+            top = tl.maximum(row_max, sink)
+            scaling = device.exp2_difference(row_max, top)
+            row_sum = row_sum * scaling + tl.where(row_sum == 0.0, 0.0, device.exp2_difference(sink, top))
+            result = device.normalized(acc * scaling[:, None], row_sum)
+            tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_result)
 
 
 def paged_decode_attention(
@@ -362,30 +581,46 @@ def paged_decode_attention(
     chunk: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention of q [B, Nq, D] over seq_lens [B] cached keys each; SPLIT keys to a program, then a merge.
+    """Softmax attention of q [B, Nq, D] over seq_lens [B] cached keys each.
 
-    The grid follows the width of the block table, so that nothing is asked of the device and a CUDA graph can hold it.
+    The grid follows the number of sequences and the device, so nothing is read from it, and a CUDA graph can hold it.
     """
-    B, Nq, D = q.shape
-    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+    (B, Nq, D), (_, BS, Nkv, Dv) = q.shape, v_cache.shape
+    use = choose("paged_decode", E=q.element_size(), D=D, Dv=Dv)
+    if use is None:
+        return reference_paged_decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            sinks,
+            slopes,
+            scale=scale,
+            window=window,
+            chunk=chunk,
+            softcap=softcap,
+        )
     o = torch.empty(B, Nq, Dv, dtype=q.dtype, device=q.device)
-    num_splits = max(1, triton.cdiv(block_table.shape[1] * BS, 512))
-    G, BLOCK_DV = Nq // Nkv, triton.next_power_of_2(Dv)
-    parts = torch.empty(B * Nq * num_splits, Dv if num_splits > 1 else 0, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(B * Nq * num_splits, dtype=torch.float32, device=q.device)
     if B == 0:
         return o
-    _paged_decode_attention_split[(B, Nkv, num_splits)](
+    plan = DecodePlan.of(use, B, Nq, Nkv, D, Dv, block_table.shape[1] * BS)
+    parts, part_lse, arrived = plan.workspace(B, q.device, "paged_decode_attention")
+    _paged_decode_attention_split[plan.grid](
         q,
         k_cache,
         v_cache,
         block_table,
         seq_lens,
+        None,
         sinks,
         slopes,
         o,
         parts,
         part_lse,
+        arrived,
+        B,
+        plan.max_splits,
         scale,
         softcap,
         chunk,
@@ -396,38 +631,8 @@ def paged_decode_attention(
         *v_cache.stride()[:3],
         block_table.stride(0),
         *o.stride()[:2],
-        G=G,
-        D=D,
-        DV=Dv,
         BS=BS,
-        NUM_SPLITS=num_splits,
-        BLOCK_G=max(16, triton.next_power_of_2(G)),
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        BLOCK_DV=max(16, BLOCK_DV),
-        BLOCK_N=64,
-        SPLIT=512,
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=True,
+        LATENT=is_latent(k_cache, v_cache),
+        **plan.meta,
     )
-    if num_splits > 1:
-        _paged_decode_attention_merge[(B, Nq)](
-            parts,
-            part_lse,
-            seq_lens,
-            sinks,
-            o,
-            softcap,
-            chunk,
-            window,
-            *o.stride()[:2],
-            DV=Dv,
-            NUM_SPLITS=num_splits,
-            BLOCK_DV=BLOCK_DV,
-            BLOCK_S=triton.next_power_of_2(num_splits),
-            SPLIT=512,
-            num_warps=1,
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
     return o

@@ -7,12 +7,14 @@ import triton.language as tl
 
 __all__ = [
     "LOG2E",
+    "add_part",
     "amax",
     "amin",
     "cummax",
     "cummin",
     "exp2_difference",
     "find_group",
+    "find_item",
     "float_of",
     "floor_divide",
     "floor_remainder",
@@ -20,6 +22,8 @@ __all__ = [
     "key_of",
     "larger",
     "last_column",
+    "load_columns",
+    "load_rows",
     "max_and_index",
     "next_largest",
     "normalized",
@@ -27,8 +31,11 @@ __all__ = [
     "power",
     "rint",
     "rounded",
+    "score_keys",
+    "score_latent",
     "sink_scores",
     "smaller",
+    "split_length",
     "tanh",
 ]
 
@@ -176,6 +183,59 @@ def find_group(starts, num_groups, tile, ROWS: tl.constexpr):
 
 
 @triton.jit
+def split_length(num_keys, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys of a part of a sequence with num_keys keys: about SPLIT, or more so that there are at most MAX_SPLITS.
+
+    It depends on the sequence alone, so that its result does not depend on the others.
+    """
+    num_splits = tl.minimum((num_keys + SPLIT - 1) // SPLIT, MAX_SPLITS)
+    return ((num_keys + num_splits - 1) // tl.maximum(num_splits, 1) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def find_item(counts, item):
+    """The group of an item, and its number in the group, where group g has counts[g] items."""
+    ends = tl.cumsum(counts, 0)
+    group = tl.sum((ends <= item).to(tl.int32), 0)
+    before = tl.sum(tl.where(ends <= item, counts, 0), 0)
+    return group, item - before
+
+
+@triton.jit
+def load_rows(rows, is_row, D: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns FIRST to FIRST + BLOCK of rows of D elements, [M, BLOCK]: rows [M, 1] are pointers; absent ones are 0."""
+    d = FIRST + tl.arange(0, BLOCK)[None, :]
+    return tl.load(rows + d, mask=is_row if FIRST + BLOCK <= D else is_row & (d < D), other=0.0)
+
+
+@triton.jit
+def score_keys(queries, rest, keys, is_key, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Products [M, N] of queries and N keys of D elements: the first BLOCK_D of each, and BLOCK_R more with `rest`."""
+    score = tl.dot(queries, load_columns(keys, is_key, D, 0, BLOCK_D), input_precision="ieee")
+    if BLOCK_R > 0:
+        score = tl.dot(rest, load_columns(keys, is_key, D, BLOCK_D, BLOCK_R), score, input_precision="ieee")
+    return score
+
+
+@triton.jit
+def score_latent(queries, rest, keys, is_key, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """score_keys, and the first BLOCK_D elements of the keys [N, BLOCK_D], which are the values in latent attention."""
+    values = load_rows(keys[:, None], is_key[:, None], D, 0, BLOCK_D)
+    score = tl.dot(queries, tl.trans(values), input_precision="ieee")
+    if BLOCK_R > 0:
+        score = tl.dot(rest, load_columns(keys, is_key, D, BLOCK_D, BLOCK_R), score, input_precision="ieee")
+    return score, values
+
+
+@triton.jit
+def load_columns(keys, is_key, D: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """load_rows of keys [N], transposed: [BLOCK, N]."""
+    d = FIRST + tl.arange(0, BLOCK)[:, None]
+    is_key = is_key[None, :]
+    return tl.load(keys[None, :] + d, mask=is_key if FIRST + BLOCK <= D else is_key & (d < D), other=0.0)
+
+
+@triton.jit
 def max_and_index(value, index, AXIS: tl.constexpr):
     """The largest value, in float32, along an axis, and the least of its indices; both keep the axis.
 
@@ -203,6 +263,14 @@ def online_softmax(score, values, acc, row_max, row_sum):
     row_sum = row_sum * scaling + tl.sum(weight, 1)
     acc = tl.dot(weight.to(values.dtype), values, acc * scaling[:, None], input_precision="ieee")
     return acc, new_max, row_sum
+
+
+@triton.jit
+def add_part(part, lse, acc, row_max, row_sum):
+    """Adds a part of a softmax to a running one: part [M, D] is normalized, lse [M] the logarithm of its weights."""
+    new_max = tl.maximum(row_max, lse)
+    scaling, weight = exp2_difference(row_max, new_max), exp2_difference(lse, new_max)
+    return acc * scaling[:, None] + part * weight[:, None], new_max, row_sum * scaling + weight
 
 
 @triton.jit

@@ -23,8 +23,8 @@ __all__ = [
 
 
 # specs/ops/elementwise.yaml: add
-@triton.jit
-def _add_kernel(x, y, z, H, R, x_R, y_R, z_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _add_kernel(x, y, z, R, x_R, y_R, z_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -56,11 +56,11 @@ def add(x: Tensor, y: Tensor) -> Tensor:
             x_rows,
             y_rows,
             z_rows,
-            H,
             R,
             x_rows.stride(0),
             y_rows.stride(0),
             z_rows.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -68,8 +68,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 # specs/ops/elementwise.yaml: mul
-@triton.jit
-def _mul_kernel(x, y, z, H, R, x_R, y_R, z_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _mul_kernel(x, y, z, R, x_R, y_R, z_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -101,11 +101,11 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
             x_rows,
             y_rows,
             z_rows,
-            H,
             R,
             x_rows.stride(0),
             y_rows.stride(0),
             z_rows.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -113,8 +113,8 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
 
 
 # specs/ops/elementwise.yaml: mul_weight
-@triton.jit
-def _mul_weight_kernel(x, w, y, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _mul_weight_kernel(x, w, y, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -142,14 +142,14 @@ def mul_weight(x: Tensor, w: Tensor) -> Tensor:
     if R > 0 and H > 0:
         tile = split_tile(H)
         _mul_weight_kernel[tile.grid(R)](
-            x_rows, w, y_rows, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, w, y_rows, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: add_bias
-@triton.jit
-def _add_bias_kernel(x, bias, y, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _add_bias_kernel(x, bias, y, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -177,14 +177,14 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
     if R > 0 and H > 0:
         tile = split_tile(H)
         _add_bias_kernel[tile.grid(R)](
-            x_rows, bias, y_rows, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, bias, y_rows, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: mul_rows
-@triton.jit
-def _mul_rows_kernel(x, gate, y, H, R, x_R, gate_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _mul_rows_kernel(x, gate, y, R, x_R, gate_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -216,11 +216,11 @@ def mul_rows(x: Tensor, gate: Tensor) -> Tensor:
             x_rows,
             gate_rows,
             y_rows,
-            H,
             R,
             x_rows.stride(0),
             gate_rows.stride(0),
             y_rows.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -228,8 +228,8 @@ def mul_rows(x: Tensor, gate: Tensor) -> Tensor:
 
 
 # specs/ops/elementwise.yaml: scale
-@triton.jit
-def _scale_kernel(x, y, factor, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _scale_kernel(x, y, factor, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -253,14 +253,14 @@ def scale(x: Tensor, *, factor: float) -> Tensor:
     if R > 0 and H > 0:
         tile = split_tile(H)
         _scale_kernel[tile.grid(R)](
-            x_rows, y_rows, factor, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, y_rows, factor, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: soft_cap
-@triton.jit
-def _soft_cap_kernel(x, y, cap, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _soft_cap_kernel(x, y, cap, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -286,14 +286,14 @@ def soft_cap(x: Tensor, *, cap: float) -> Tensor:
     if R > 0 and H > 0:
         tile = split_tile(H)
         _soft_cap_kernel[tile.grid(R)](
-            x_rows, y_rows, cap, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, y_rows, cap, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: clip
-@triton.jit
-def _clip_kernel(x, y, limit, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _clip_kernel(x, y, limit, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
@@ -324,6 +324,6 @@ def clip(x: Tensor, *, limit: float) -> Tensor:
     if R > 0 and H > 0:
         tile = split_tile(H)
         _clip_kernel[tile.grid(R)](
-            x_rows, y_rows, limit, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, y_rows, limit, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y

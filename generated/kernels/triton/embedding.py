@@ -18,8 +18,8 @@ __all__ = [
 
 
 # specs/ops/embedding.yaml: embedding
-@triton.jit
-def _embedding_kernel(ids, table, y, T, H, table_V, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _embedding_kernel(ids, table, y, T, table_V, y_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_V = tl.load(ids + i_T, mask=is_row, other=0).to(tl.int64)
@@ -41,14 +41,16 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     if T > 0 and H > 0:
         tile = split_tile(H)
         _embedding_kernel[tile.grid(T)](
-            ids, table, y, T, H, table.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta
+            ids, table, y, T, table.stride(0), y.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/embedding.yaml: embedding_shard
-@triton.jit
-def _embedding_shard_kernel(ids, table, y, first, T, V, H, table_V, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _embedding_shard_kernel(
+    ids, table, y, first, T, table_V, y_T, V: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+):
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     row = tl.load(ids + i_T, mask=is_row, other=0) - first
@@ -73,14 +75,16 @@ def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
     if T > 0 and H > 0:
         tile = split_tile(H)
         _embedding_shard_kernel[tile.grid(T)](
-            ids, table, y, first, T, V, H, table.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta
+            ids, table, y, first, T, table.stride(0), y.stride(0), V=V, H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/embedding.yaml: position_embedding
-@triton.jit
-def _position_embedding_kernel(pos, table, y, offset, T, H, table_P, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _position_embedding_kernel(
+    pos, table, y, offset, T, table_P, y_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+):
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_P = (tl.load(pos + i_T, mask=is_row, other=0) + offset).to(tl.int64)
@@ -102,14 +106,14 @@ def position_embedding(pos: Tensor, table: Tensor, *, offset: int = 0) -> Tensor
     if T > 0 and H > 0:
         tile = split_tile(H)
         _position_embedding_kernel[tile.grid(T)](
-            pos, table, y, offset, T, H, table.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta
+            pos, table, y, offset, T, table.stride(0), y.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/embedding.yaml: select_rows
-@triton.jit
-def _select_rows_kernel(x, rows, y, H, S, x_T, y_S, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["S"])
+def _select_rows_kernel(x, rows, y, S, x_T, y_S, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     i_S = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_S < S
     i_T = tl.load(rows + i_S, mask=is_row, other=0).to(tl.int64)
@@ -130,5 +134,5 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
     if S > 0 and H > 0:
         tile = split_tile(H)
-        _select_rows_kernel[tile.grid(S)](x, rows, y, H, S, x.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta)
+        _select_rows_kernel[tile.grid(S)](x, rows, y, S, x.stride(0), y.stride(0), H=H, BLOCK_H=tile.block, **tile.meta)
     return y

@@ -7,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.experts import expert_down as reference_expert_down
+from ..reference.experts import expert_linear as reference_expert_linear
 from ..reference.experts import router_logits as reference_router_logits
 from . import device
+from .routing import Routing
+from .targets import choose
 from .tiles import dense, split_tile
 
 __all__ = [
@@ -24,7 +28,7 @@ __all__ = [
 
 
 # specs/ops/experts.yaml: router_logits
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _router_logits_kernel(
     x,
     w,
@@ -44,8 +48,8 @@ def _router_logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    head = tl.program_id(1).to(tl.int64)
+    m, n = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
@@ -62,11 +66,13 @@ def _router_logits_kernel(
 def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """A score per expert for every token, computed and returned in float32, as in DeepSeek V3."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 32 or M == 0:
+    use = choose("linear", E=x.element_size())
+    if use is None or M > 65536 or M == 0:
         return reference_router_logits(x, w, bias)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     x_rows, y_rows = x.reshape(M, K), logits.view(M, N)
-    _router_logits_kernel[(triton.cdiv(N, 16), 1)](
+    BLOCK_M = 16 if M <= 16 else 32
+    _router_logits_kernel[(triton.cdiv(N, use["BLOCK_N"]), 1, triton.cdiv(M, BLOCK_M))](
         x_rows,
         w,
         bias,
@@ -80,12 +86,12 @@ def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         0,
-        EVEN=K % 256 == 0,
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=16,
-        BLOCK_K=256,
-        num_warps=4,
-        num_stages=3,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return logits
@@ -200,8 +206,10 @@ def topk_router(
 
 
 # specs/ops/experts.yaml: local_experts
-@triton.jit
-def _local_experts_kernel(experts, y, X, first, T, A, experts_T, y_T, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _local_experts_kernel(
+    experts, y, first, T, experts_T, y_T, A: tl.constexpr, X: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr
+):
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_A = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
@@ -219,52 +227,59 @@ def local_experts(experts: Tensor, *, X: int, first: int) -> Tensor:
     if T > 0 and A > 0:
         tile = split_tile(A)
         _local_experts_kernel[tile.grid(T)](
-            experts, y, X, first, T, A, experts.stride(0), y.stride(0), BLOCK_A=tile.block, **tile.meta
+            experts, y, first, T, experts.stride(0), y.stride(0), A=A, X=X, BLOCK_A=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/experts.yaml: expert_linear
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _expert_linear_kernel(
     x,
     w,
     bias,
+    experts,
     order,
     starts,
     y,
-    num_experts,
-    N,
-    K,
+    num_pairs,
     x_row,
     w_expert,
     w_row,
     bias_row,
     y_row,
+    X: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
     COPIES: tl.constexpr,
+    DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    i, n, k = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     tile = tl.program_id(0)
-    expert = device.find_group(starts, num_experts, tile, BLOCK_M)
-    begin = tl.load(starts + expert)
-    count = tl.load(starts + expert + 1) - begin
-    first = (tile - begin // BLOCK_M - expert) * BLOCK_M
-    if first >= count:
-        return
-    i, n, k = first + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    is_row, is_column = i < count, n < N
-    pair = tl.load(order + begin + i, mask=is_row, other=0)
-    x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
-    w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :] * w_row + k[:, None]
+    if DIRECT:
+        expert = tl.load(experts + tile)
+        pair, is_row = (tile + i * 0).to(tl.int64), i < 1
+    else:
+        expert = device.find_group(starts, X + 1, tile, BLOCK_M)
+        begin = tl.load(starts + expert)
+        i += (tile - begin // BLOCK_M - expert) * BLOCK_M
+        is_row = i < tl.load(starts + expert + 1) - begin
+        pair = tl.load(order + begin + i, mask=is_row, other=0).to(tl.int64)
+    is_column = n < N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        rows = tl.load(x_ptrs + start, mask=is_row[:, None] & (k < K - start)[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column[None, :] & (k < K - start)[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    if bias is not None:
-        acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if expert < X:  # the row of another expert is zero
+        x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
+        w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + k[:, None]
+        for start in range(0, K, BLOCK_K):
+            is_k = (k < K - start) | (K % BLOCK_K == 0)
+            rows = tl.load(x_ptrs + start, mask=is_row[:, None] & is_k[None, :], other=0.0)
+            weights = tl.load(w_ptrs + start, mask=is_column[None, :] & is_k[:, None], other=0.0)
+            acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        if bias is not None:
+            acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
     tl.store(y + pair[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
 
 
@@ -273,84 +288,94 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
 
     The row of expert X, one more than the last, is zero.
     """
-    num_experts, N, K = w.shape
-    A = experts.shape[1]
-    y = torch.zeros(*experts.shape, N, dtype=x.dtype, device=x.device)
-    chosen = experts.flatten().to(torch.int64)
-    if chosen.numel() == 0:
+    (X, N, K), A, num_pairs = w.shape, experts.shape[1], experts.numel()
+    use = choose("expert_linear", E=x.element_size(), P=max(1, num_pairs // X))
+    if use is None:
+        return reference_expert_linear(x, experts, w, bias)
+    y = torch.empty(*experts.shape, N, dtype=x.dtype, device=x.device)
+    if num_pairs == 0:
         return y
-    order = chosen.argsort(stable=True)
-    counts = torch.zeros(num_experts + 2, dtype=torch.int32, device=chosen.device)
-    starts = counts.scatter_add_(0, chosen + 1, torch.ones_like(chosen, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
-    BLOCK_M = 16 if chosen.numel() <= 32 * num_experts else 64
     rows = x if x.dim() == 2 else x.flatten(0, 1)
-    _expert_linear_kernel[(chosen.numel() // BLOCK_M + num_experts, triton.cdiv(N, 64))](
+    routing = None if num_pairs <= X else Routing.of(experts, X)
+    order, starts = routing or (None, None)
+    num_tiles = num_pairs if routing is None else num_pairs // use["BLOCK_M"] + X + 1
+    _expert_linear_kernel[(num_tiles, triton.cdiv(N, use["BLOCK_N"]))](
         rows,
         w,
         bias,
+        experts,
         order,
         starts,
         y,
-        num_experts,
-        N,
-        K,
+        num_pairs,
         rows.stride(0),
         w.stride(0),
         w.stride(1),
         N if bias is None else bias.stride(0),
         y.stride(1),
+        X=X,
+        N=N,
+        K=K,
         COPIES=A if x.dim() == 2 else 1,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=64,
-        BLOCK_K=64,
-        num_warps=4,
-        num_stages=3,
+        DIRECT=routing is None,
+        BLOCK_M=16 if routing is None else use["BLOCK_M"],
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return y
 
 
 # specs/ops/experts.yaml: expert_down
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _expert_down_kernel(
     x,
     w,
     bias,
+    experts,
     order,
     starts,
     y,
-    num_experts,
-    N,
-    K,
+    num_pairs,
     x_row,
     w_expert,
     w_row,
     bias_row,
     y_row,
+    X: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
     COPIES: tl.constexpr,
+    DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    i, n, k = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     tile = tl.program_id(0)
-    expert = device.find_group(starts, num_experts, tile, BLOCK_M)
-    begin = tl.load(starts + expert)
-    count = tl.load(starts + expert + 1) - begin
-    first = (tile - begin // BLOCK_M - expert) * BLOCK_M
-    if first >= count:
-        return
-    i, n, k = first + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    is_row, is_column = i < count, n < N
-    pair = tl.load(order + begin + i, mask=is_row, other=0)
-    x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
-    w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :] * w_row + k[:, None]
+    if DIRECT:
+        expert = tl.load(experts + tile)
+        pair, is_row = (tile + i * 0).to(tl.int64), i < 1
+    else:
+        expert = device.find_group(starts, X + 1, tile, BLOCK_M)
+        begin = tl.load(starts + expert)
+        i += (tile - begin // BLOCK_M - expert) * BLOCK_M
+        is_row = i < tl.load(starts + expert + 1) - begin
+        pair = tl.load(order + begin + i, mask=is_row, other=0).to(tl.int64)
+    is_column = n < N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        rows = tl.load(x_ptrs + start, mask=is_row[:, None] & (k < K - start)[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column[None, :] & (k < K - start)[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    if bias is not None:
-        acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if expert < X:  # the row of another expert is zero
+        x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
+        w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + k[:, None]
+        for start in range(0, K, BLOCK_K):
+            is_k = (k < K - start) | (K % BLOCK_K == 0)
+            rows = tl.load(x_ptrs + start, mask=is_row[:, None] & is_k[None, :], other=0.0)
+            weights = tl.load(w_ptrs + start, mask=is_column[None, :] & is_k[:, None], other=0.0)
+            acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        if bias is not None:
+            acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
     tl.store(y + pair[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
 
 
@@ -359,47 +384,61 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
 
     The row of expert X, one more than the last, is zero.
     """
-    num_experts, N, K = w.shape
-    A = experts.shape[1]
-    y = torch.zeros(*experts.shape, N, dtype=x.dtype, device=x.device)
-    chosen = experts.flatten().to(torch.int64)
-    if chosen.numel() == 0:
+    (X, N, K), A, num_pairs = w.shape, experts.shape[1], experts.numel()
+    use = choose("expert_linear", E=x.element_size(), P=max(1, num_pairs // X))
+    if use is None:
+        return reference_expert_down(x, experts, w, bias)
+    y = torch.empty(*experts.shape, N, dtype=x.dtype, device=x.device)
+    if num_pairs == 0:
         return y
-    order = chosen.argsort(stable=True)
-    counts = torch.zeros(num_experts + 2, dtype=torch.int32, device=chosen.device)
-    starts = counts.scatter_add_(0, chosen + 1, torch.ones_like(chosen, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
-    BLOCK_M = 16 if chosen.numel() <= 32 * num_experts else 64
     rows = x if x.dim() == 2 else x.flatten(0, 1)
-    _expert_down_kernel[(chosen.numel() // BLOCK_M + num_experts, triton.cdiv(N, 64))](
+    routing = None if num_pairs <= X else Routing.of(experts, X)
+    order, starts = routing or (None, None)
+    num_tiles = num_pairs if routing is None else num_pairs // use["BLOCK_M"] + X + 1
+    _expert_down_kernel[(num_tiles, triton.cdiv(N, use["BLOCK_N"]))](
         rows,
         w,
         bias,
+        experts,
         order,
         starts,
         y,
-        num_experts,
-        N,
-        K,
+        num_pairs,
         rows.stride(0),
         w.stride(0),
         w.stride(1),
         N if bias is None else bias.stride(0),
         y.stride(1),
+        X=X,
+        N=N,
+        K=K,
         COPIES=A if x.dim() == 2 else 1,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=64,
-        BLOCK_K=64,
-        num_warps=4,
-        num_stages=3,
+        DIRECT=routing is None,
+        BLOCK_M=16 if routing is None else use["BLOCK_M"],
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return y
 
 
 # specs/ops/experts.yaml: combine_experts
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _combine_experts_kernel(
-    x, weights, y, T, A, H, x_T, x_A, weights_T, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x,
+    weights,
+    y,
+    T,
+    x_T,
+    x_A,
+    weights_T,
+    y_T,
+    A: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -428,12 +467,12 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
             weights,
             y,
             T,
-            A,
-            H,
             x.stride(0),
             x.stride(1),
             weights.stride(0),
             y.stride(0),
+            A=A,
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -441,15 +480,27 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
 
 
 # specs/ops/experts.yaml: scale_experts
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _scale_experts_kernel(
-    x, weights, y, T, A, H, x_T, x_A, weights_T, y_T, y_A, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x,
+    weights,
+    y,
+    T,
+    x_T,
+    x_A,
+    weights_T,
+    y_T,
+    y_A,
+    A: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * A
     i_A = row % A
-    i_T = row // A
+    i_T = (row // A).to(tl.int64)
     i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
     tl.store(
@@ -477,13 +528,13 @@ def scale_experts(x: Tensor, weights: Tensor) -> Tensor:
             weights,
             y,
             T,
-            A,
-            H,
             x.stride(0),
             x.stride(1),
             weights.stride(0),
             y.stride(0),
             y.stride(1),
+            A=A,
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -491,8 +542,10 @@ def scale_experts(x: Tensor, weights: Tensor) -> Tensor:
 
 
 # specs/ops/experts.yaml: sum_experts
-@triton.jit
-def _sum_experts_kernel(x, y, T, A, H, x_T, x_A, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _sum_experts_kernel(
+    x, y, T, x_T, x_A, y_T, A: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
@@ -514,6 +567,6 @@ def sum_experts(x: Tensor) -> Tensor:
     if T > 0 and H > 0:
         tile = split_tile(H)
         _sum_experts_kernel[tile.grid(T)](
-            x, y, T, A, H, x.stride(0), x.stride(1), y.stride(0), BLOCK_H=tile.block, **tile.meta
+            x, y, T, x.stride(0), x.stride(1), y.stride(0), A=A, H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y

@@ -13,6 +13,7 @@ from ..reference.linear import lm_head as reference_lm_head
 from ..reference.linear import lm_head_sample as reference_lm_head_sample
 from ..reference.sampling import sample as reference_sample
 from . import device
+from .targets import choose
 
 __all__ = [
     "head_linear",
@@ -23,7 +24,7 @@ __all__ = [
 
 
 # specs/ops/linear.yaml: linear
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x,
     w,
@@ -44,8 +45,8 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    head = tl.program_id(1).to(tl.int64)
+    m, n = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
@@ -64,11 +65,13 @@ def _linear_kernel(
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection by a weight stored row by output feature, with an optional bias."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 32 or M == 0:
+    use = choose("linear", E=x.element_size())
+    if use is None or M > 32 or M == 0:
         return reference_linear(x, w, bias)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     x_rows, y_rows = x.reshape(M, K), y.view(M, N)
-    _linear_kernel[(triton.cdiv(N, 16), 1)](
+    BLOCK_M = 16 if M <= 16 else 32
+    _linear_kernel[(triton.cdiv(N, use["BLOCK_N"]), 1, triton.cdiv(M, BLOCK_M))](
         x_rows,
         w,
         bias,
@@ -82,19 +85,19 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         0,
-        EVEN=K % 256 == 0,
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=16,
-        BLOCK_K=256,
-        num_warps=4,
-        num_stages=3,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return y
 
 
 # specs/ops/linear.yaml: lm_head
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lm_head_kernel(
     x,
     w,
@@ -115,8 +118,8 @@ def _lm_head_kernel(
     BLOCK_K: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    head = tl.program_id(1).to(tl.int64)
+    m, n = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
@@ -135,11 +138,13 @@ def _lm_head_kernel(
 def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits over the vocabulary, rounded to the element type and widened."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 32 or M == 0:
+    use = choose("linear", E=x.element_size())
+    if use is None or M > 32 or M == 0:
         return reference_lm_head(x, w, bias)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     x_rows, y_rows = x.reshape(M, K), logits.view(M, N)
-    _lm_head_kernel[(triton.cdiv(N, 16), 1)](
+    BLOCK_M = 16 if M <= 16 else 32
+    _lm_head_kernel[(triton.cdiv(N, use["BLOCK_N"]), 1, triton.cdiv(M, BLOCK_M))](
         x_rows,
         w,
         bias,
@@ -153,19 +158,19 @@ def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         0,
-        EVEN=K % 256 == 0,
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=16,
-        BLOCK_K=256,
-        num_warps=4,
-        num_stages=3,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return logits
 
 
 # specs/ops/linear.yaml: head_linear
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _head_linear_kernel(
     x,
     w,
@@ -185,8 +190,8 @@ def _head_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    head = tl.program_id(1).to(tl.int64)
+    m, n = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
@@ -203,11 +208,13 @@ def _head_linear_kernel(
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
     """Projection of every head by a separate weight."""
     M, N, K = x.shape[0], w.shape[-2], w.shape[-1]
-    if M > 32 or M == 0:
+    use = choose("linear", E=x.element_size())
+    if use is None or M > 32 or M == 0:
         return reference_head_linear(x, w)
     y = torch.empty(M, x.shape[1], N, dtype=x.dtype, device=x.device)
     x_rows, y_rows = x, y
-    _head_linear_kernel[(triton.cdiv(N, 16), x.shape[1])](
+    BLOCK_M = 16 if M <= 16 else 32
+    _head_linear_kernel[(triton.cdiv(N, use["BLOCK_N"]), x.shape[1], triton.cdiv(M, BLOCK_M))](
         x_rows,
         w,
         y_rows,
@@ -220,19 +227,19 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         y.stride(1),
-        EVEN=K % 256 == 0,
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=16,
-        BLOCK_K=256,
-        num_warps=4,
-        num_stages=3,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return y
 
 
 # specs/ops/linear.yaml: lm_head_sample
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lm_head_sample_kernel(
     x,
     w,
@@ -256,8 +263,8 @@ def _lm_head_sample_kernel(
     BLOCK_K: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    head = tl.program_id(1).to(tl.int64)
+    m, n = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
@@ -305,13 +312,14 @@ def lm_head_sample(
 ) -> tuple[Tensor, Tensor]:
     """Logits and the next token of every sequence, with the argmax in the epilogue of the projection."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 32 or M == 0:
+    use = choose("linear", E=x.element_size())
+    if use is None or M > 32 or M == 0:
         return reference_lm_head_sample(x, w, bias, temperature, top_k, top_p, min_p, noise)
-    num_blocks = triton.cdiv(N, 16)
+    num_blocks = triton.cdiv(N, use["BLOCK_N"])
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     block_max = torch.empty(M, num_blocks, dtype=torch.float32, device=x.device)
     block_argmax = torch.empty(M, num_blocks, dtype=torch.int32, device=x.device)
-    _lm_head_sample_kernel[(num_blocks, 1)](
+    _lm_head_sample_kernel[(num_blocks, 1, 1)](
         x,
         w,
         bias,
@@ -328,12 +336,12 @@ def lm_head_sample(
         w.stride(-2),
         logits.stride(0),
         0,
-        EVEN=K % 256 == 0,
+        EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=16,
-        BLOCK_K=256,
-        num_warps=4,
-        num_stages=3,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     if temperature is not None and noise is not None:

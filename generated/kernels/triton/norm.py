@@ -27,25 +27,22 @@ __all__ = [
 
 
 # specs/ops/norm.yaml: rms_norm
-@triton.jit
-def _rms_norm_rows(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm_rows(x, w, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else None
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     n = device.rounded(xf * tl.rsqrt(ms + eps), E)
-    tl.store(
-        y + i_R * y_R + i_H,
-        device.rounded(n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E) if w is not None else n,
-        mask=is_row & in_H,
-    )
+    tl.store(y + i_R * y_R + i_H, device.rounded(n * w_shared, E) if w is not None else n, mask=is_row & in_H)
 
 
-@triton.jit
-def _rms_norm_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm_long(x, w, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -80,30 +77,27 @@ def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-06) -> Tenso
         tile = row_tile(H)
         kernel = _rms_norm_long if tile.is_looped else _rms_norm_rows
         kernel[tile.grid(R)](
-            x_rows, w, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, w, y_rows, eps, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/norm.yaml: rms_norm_wide
-@triton.jit
-def _rms_norm_wide_rows(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm_wide_rows(x, w, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
-    tl.store(
-        y + i_R * y_R + i_H,
-        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E),
-        mask=is_row & in_H,
-    )
+    tl.store(y + i_R * y_R + i_H, device.rounded(xf * tl.rsqrt(ms + eps) * w_shared, E), mask=is_row & in_H)
 
 
-@triton.jit
-def _rms_norm_wide_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm_wide_long(x, w, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -137,30 +131,27 @@ def rms_norm_wide(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
         tile = row_tile(H)
         kernel = _rms_norm_wide_long if tile.is_looped else _rms_norm_wide_rows
         kernel[tile.grid(R)](
-            x_rows, w, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, w, y_rows, eps, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/norm.yaml: rms_norm_1p
-@triton.jit
-def _rms_norm_1p_rows(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm_1p_rows(x, w, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
-    tl.store(
-        y + i_R * y_R + i_H,
-        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)), E),
-        mask=is_row & in_H,
-    )
+    tl.store(y + i_R * y_R + i_H, device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + w_shared), E), mask=is_row & in_H)
 
 
-@triton.jit
-def _rms_norm_1p_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm_1p_long(x, w, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -194,34 +185,32 @@ def rms_norm_1p(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
         tile = row_tile(H)
         kernel = _rms_norm_1p_long if tile.is_looped else _rms_norm_1p_rows
         kernel[tile.grid(R)](
-            x_rows, w, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, w, y_rows, eps, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/norm.yaml: layer_norm
-@triton.jit
-def _layer_norm_rows(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_rows(x, w, bias, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else None
+    bias_shared = tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else None
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     mean_over_H = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
     d = xf - mean_over_H
     mean_over_H_2 = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
     n = d * tl.rsqrt(mean_over_H_2 + eps)
-    s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
-    tl.store(
-        y + i_R * y_R + i_H,
-        device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
-        mask=is_row & in_H,
-    )
+    s = n * w_shared if w is not None else n
+    tl.store(y + i_R * y_R + i_H, device.rounded(s + bias_shared if bias is not None else s, E), mask=is_row & in_H)
 
 
-@triton.jit
-def _layer_norm_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_long(x, w, bias, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -266,19 +255,34 @@ def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *
         tile = row_tile(H)
         kernel = _layer_norm_long if tile.is_looped else _layer_norm_rows
         kernel[tile.grid(R)](
-            x_rows, w, bias, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, w, bias, y_rows, eps, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/norm.yaml: head_layer_norm
-@triton.jit
-def _head_layer_norm_rows(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _head_layer_norm_rows(
+    x,
+    w,
+    y,
+    eps,
+    T,
+    x_T,
+    x_N,
+    w_N,
+    y_T,
+    y_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * N
     i_N = row % N
-    i_T = row // N
+    i_T = (row // N).to(tl.int64)
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
@@ -297,13 +301,28 @@ def _head_layer_norm_rows(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: 
     )
 
 
-@triton.jit
-def _head_layer_norm_long(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _head_layer_norm_long(
+    x,
+    w,
+    y,
+    eps,
+    T,
+    x_T,
+    x_N,
+    w_N,
+    y_T,
+    y_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * N
     i_N = row % N
-    i_T = row // N
+    i_T = (row // N).to(tl.int64)
     mean_over_D_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         i_D = start + tl.arange(0, BLOCK_D)[None, :]
@@ -352,13 +371,13 @@ def head_layer_norm(x: Tensor, w: Tensor, *, eps: float = 1e-05) -> Tensor:
             y,
             eps,
             T,
-            N,
-            D,
             x.stride(0),
             x.stride(1),
             w.stride(0),
             y.stride(0),
             y.stride(1),
+            N=N,
+            D=D,
             BLOCK_D=tile.block,
             **tile.meta,
         )
@@ -366,27 +385,25 @@ def head_layer_norm(x: Tensor, w: Tensor, *, eps: float = 1e-05) -> Tensor:
 
 
 # specs/ops/norm.yaml: layer_norm_1p
-@triton.jit
-def _layer_norm_1p_rows(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_1p_rows(x, w, bias, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)
+    bias_shared = tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else None
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     mean_over_H = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
     d = xf - mean_over_H
     mean_over_H_2 = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
-    s = d * tl.rsqrt(mean_over_H_2 + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
-    tl.store(
-        y + i_R * y_R + i_H,
-        device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
-        mask=is_row & in_H,
-    )
+    s = d * tl.rsqrt(mean_over_H_2 + eps) * (1.0 + w_shared)
+    tl.store(y + i_R * y_R + i_H, device.rounded(s + bias_shared if bias is not None else s, E), mask=is_row & in_H)
 
 
-@triton.jit
-def _layer_norm_1p_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_1p_long(x, w, bias, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -430,21 +447,22 @@ def layer_norm_1p(x: Tensor, w: Tensor, bias: Tensor | None = None, *, eps: floa
         tile = row_tile(H)
         kernel = _layer_norm_1p_long if tile.is_looped else _layer_norm_1p_rows
         kernel[tile.grid(R)](
-            x_rows, w, bias, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, w, bias, y_rows, eps, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_rms_norm_rows(
-    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x, residual, w, y, h, eps, T, x_T, residual_T, y_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else None
     h_value = device.rounded(
         tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
@@ -454,16 +472,12 @@ def _fused_add_rms_norm_rows(
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     n = device.rounded(xf * tl.rsqrt(ms + eps), E)
-    tl.store(
-        y + i_T * y_T + i_H,
-        device.rounded(n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E) if w is not None else n,
-        mask=is_row & in_H,
-    )
+    tl.store(y + i_T * y_T + i_H, device.rounded(n * w_shared, E) if w is not None else n, mask=is_row & in_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_rms_norm_long(
-    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x, residual, w, y, h, eps, T, x_T, residual_T, y_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -515,11 +529,11 @@ def fused_add_rms_norm(
             h,
             eps,
             T,
-            H,
             x.stride(0),
             residual.stride(0),
             y.stride(0),
             h.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -527,15 +541,31 @@ def fused_add_rms_norm(
 
 
 # specs/ops/norm.yaml: fused_add_layer_norm
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_layer_norm_rows(
-    x, residual, w, bias, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x,
+    residual,
+    w,
+    bias,
+    y,
+    h,
+    eps,
+    T,
+    x_T,
+    residual_T,
+    y_T,
+    h_T,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else None
+    bias_shared = tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else None
     h_value = device.rounded(
         tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
@@ -547,17 +577,27 @@ def _fused_add_layer_norm_rows(
     d = xf - mean_over_H
     mean_over_H_2 = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
     n = d * tl.rsqrt(mean_over_H_2 + eps)
-    s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
-    tl.store(
-        y + i_T * y_T + i_H,
-        device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
-        mask=is_row & in_H,
-    )
+    s = n * w_shared if w is not None else n
+    tl.store(y + i_T * y_T + i_H, device.rounded(s + bias_shared if bias is not None else s, E), mask=is_row & in_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_layer_norm_long(
-    x, residual, w, bias, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x,
+    residual,
+    w,
+    bias,
+    y,
+    h,
+    eps,
+    T,
+    x_T,
+    residual_T,
+    y_T,
+    h_T,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -622,11 +662,11 @@ def fused_add_layer_norm(
             h,
             eps,
             T,
-            H,
             x.stride(0),
             residual.stride(0),
             y.stride(0),
             h.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -634,15 +674,16 @@ def fused_add_layer_norm(
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm_wide
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_rms_norm_wide_rows(
-    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x, residual, w, y, h, eps, T, x_T, residual_T, y_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)
     h_value = device.rounded(
         tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
@@ -651,16 +692,12 @@ def _fused_add_rms_norm_wide_rows(
     xf = h_value
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
-    tl.store(
-        y + i_T * y_T + i_H,
-        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E),
-        mask=is_row & in_H,
-    )
+    tl.store(y + i_T * y_T + i_H, device.rounded(xf * tl.rsqrt(ms + eps) * w_shared, E), mask=is_row & in_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_rms_norm_wide_long(
-    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x, residual, w, y, h, eps, T, x_T, residual_T, y_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -709,11 +746,11 @@ def fused_add_rms_norm_wide(x: Tensor, residual: Tensor, w: Tensor, *, eps: floa
             h,
             eps,
             T,
-            H,
             x.stride(0),
             residual.stride(0),
             y.stride(0),
             h.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -721,18 +758,19 @@ def fused_add_rms_norm_wide(x: Tensor, residual: Tensor, w: Tensor, *, eps: floa
 
 
 # specs/ops/norm.yaml: fused_rms_norm_wide_add
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_rms_norm_wide_add_rows(
-    residual, x, w, h, eps, T, H, residual_T, x_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    residual, x, w, h, eps, T, residual_T, x_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = residual.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)
     xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
-    n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E)
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * w_shared, E)
     tl.store(
         h + i_T * h_T + i_H,
         device.rounded(tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E),
@@ -740,9 +778,9 @@ def _fused_rms_norm_wide_add_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_rms_norm_wide_add_long(
-    residual, x, w, h, eps, T, H, residual_T, x_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    residual, x, w, h, eps, T, residual_T, x_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = residual.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -778,21 +816,33 @@ def fused_rms_norm_wide_add(residual: Tensor, x: Tensor, w: Tensor, *, eps: floa
         tile = row_tile(H)
         kernel = _fused_rms_norm_wide_add_long if tile.is_looped else _fused_rms_norm_wide_add_rows
         kernel[tile.grid(T)](
-            residual, x, w, h, eps, T, H, residual.stride(0), x.stride(0), h.stride(0), BLOCK_H=tile.block, **tile.meta
+            residual,
+            x,
+            w,
+            h,
+            eps,
+            T,
+            residual.stride(0),
+            x.stride(0),
+            h.stride(0),
+            H=H,
+            BLOCK_H=tile.block,
+            **tile.meta,
         )
     return h
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm_1p
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_rms_norm_1p_rows(
-    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x, residual, w, y, h, eps, T, x_T, residual_T, y_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_shared = tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)
     h_value = device.rounded(
         tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
@@ -801,16 +851,12 @@ def _fused_add_rms_norm_1p_rows(
     xf = h_value
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
-    tl.store(
-        y + i_T * y_T + i_H,
-        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)), E),
-        mask=is_row & in_H,
-    )
+    tl.store(y + i_T * y_T + i_H, device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + w_shared), E), mask=is_row & in_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_add_rms_norm_1p_long(
-    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+    x, residual, w, y, h, eps, T, x_T, residual_T, y_T, h_T, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -859,11 +905,11 @@ def fused_add_rms_norm_1p(x: Tensor, residual: Tensor, w: Tensor, *, eps: float 
             h,
             eps,
             T,
-            H,
             x.stride(0),
             residual.stride(0),
             y.stride(0),
             h.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )
@@ -871,7 +917,7 @@ def fused_add_rms_norm_1p(x: Tensor, residual: Tensor, w: Tensor, *, eps: float 
 
 
 # specs/ops/norm.yaml: fused_norm_add_norm_1p
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_norm_add_norm_1p_rows(
     residual,
     x,
@@ -881,11 +927,11 @@ def _fused_norm_add_norm_1p_rows(
     h,
     eps,
     T,
-    H,
     residual_T,
     x_T,
     y_T,
     h_T,
+    H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -894,9 +940,11 @@ def _fused_norm_add_norm_1p_rows(
     is_row = i_T < T
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
+    w_after_shared = tl.load(w_after + i_H, mask=in_H, other=0).to(tl.float32)
+    w_before_shared = tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)
     xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
-    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + i_H, mask=in_H, other=0).to(tl.float32)), E)
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + w_after_shared), E)
     h_value = device.rounded(
         tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E
     )
@@ -905,14 +953,12 @@ def _fused_norm_add_norm_1p_rows(
     tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     tl.store(
         y + i_T * y_T + i_H,
-        device.rounded(
-            xf_2 * tl.rsqrt(ms_2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
-        ),
+        device.rounded(xf_2 * tl.rsqrt(ms_2 + eps) * (1.0 + w_before_shared), E),
         mask=is_row & in_H,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _fused_norm_add_norm_1p_long(
     residual,
     x,
@@ -922,11 +968,11 @@ def _fused_norm_add_norm_1p_long(
     h,
     eps,
     T,
-    H,
     residual_T,
     x_T,
     y_T,
     h_T,
+    H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -991,11 +1037,11 @@ def fused_norm_add_norm_1p(
             h,
             eps,
             T,
-            H,
             residual.stride(0),
             x.stride(0),
             y.stride(0),
             h.stride(0),
+            H=H,
             BLOCK_H=tile.block,
             **tile.meta,
         )

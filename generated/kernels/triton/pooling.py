@@ -18,8 +18,8 @@ __all__ = [
 
 
 # specs/ops/pooling.yaml: pool_first
-@triton.jit
-def _pool_first_kernel(x, q_start, y, H, B, x_T, y_B, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["B"])
+def _pool_first_kernel(x, q_start, y, B, x_T, y_B, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     i_B = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_B < B
     i_T = tl.load(q_start + i_B, mask=is_row, other=0).to(tl.int64)
@@ -40,13 +40,15 @@ def pool_first(x: Tensor, q_start: Tensor) -> Tensor:
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
     if B > 0 and H > 0:
         tile = split_tile(H)
-        _pool_first_kernel[tile.grid(B)](x, q_start, y, H, B, x.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta)
+        _pool_first_kernel[tile.grid(B)](
+            x, q_start, y, B, x.stride(0), y.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/pooling.yaml: pool_last
-@triton.jit
-def _pool_last_kernel(x, q_start, y, H, B, x_T, y_B, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["B"])
+def _pool_last_kernel(x, q_start, y, B, x_T, y_B, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     i_B = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_B < B
     i_T = (tl.load(q_start + 1 + i_B, mask=is_row, other=0) - 1).to(tl.int64)
@@ -67,13 +69,15 @@ def pool_last(x: Tensor, q_start: Tensor) -> Tensor:
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
     if B > 0 and H > 0:
         tile = split_tile(H)
-        _pool_last_kernel[tile.grid(B)](x, q_start, y, H, B, x.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta)
+        _pool_last_kernel[tile.grid(B)](
+            x, q_start, y, B, x.stride(0), y.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/pooling.yaml: l2_norm
-@triton.jit
-def _l2_norm_rows(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _l2_norm_rows(x, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -89,8 +93,8 @@ def _l2_norm_rows(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.con
     )
 
 
-@triton.jit
-def _l2_norm_long(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _l2_norm_long(x, y, eps, R, x_R, y_R, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
@@ -125,6 +129,6 @@ def l2_norm(x: Tensor, *, eps: float = 1e-12) -> Tensor:
         tile = row_tile(H)
         kernel = _l2_norm_long if tile.is_looped else _l2_norm_rows
         kernel[tile.grid(R)](
-            x_rows, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+            x_rows, y_rows, eps, R, x_rows.stride(0), y_rows.stride(0), H=H, BLOCK_H=tile.block, **tile.meta
         )
     return y

@@ -18,7 +18,7 @@ __all__ = [
 
 
 # specs/ops/position.yaml: rope
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rope_kernel(
     x,
     pos,
@@ -26,24 +26,24 @@ def _rope_kernel(
     sin,
     y,
     T,
-    N,
-    D,
-    Dr,
     x_T,
     x_N,
     cos_P,
     sin_P,
     y_T,
     y_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * N
     i_N = row % N
-    i_T = row // N
+    i_T = (row // N).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
@@ -79,15 +79,15 @@ def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             sin,
             y,
             T,
-            N,
-            D,
-            Dr,
             x.stride(0),
             x.stride(1),
             cos.stride(0),
             sin.stride(0),
             y.stride(0),
             y.stride(1),
+            N=N,
+            D=D,
+            Dr=Dr,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
             **tile.meta,
@@ -96,7 +96,7 @@ def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # specs/ops/position.yaml: rope_interleaved
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rope_interleaved_kernel(
     x,
     pos,
@@ -104,24 +104,24 @@ def _rope_interleaved_kernel(
     sin,
     y,
     T,
-    N,
-    D,
-    Dr,
     x_T,
     x_N,
     cos_P,
     sin_P,
     y_T,
     y_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * N
     i_N = row % N
-    i_T = row // N
+    i_T = (row // N).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
@@ -157,15 +157,15 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
             sin,
             y,
             T,
-            N,
-            D,
-            Dr,
             x.stride(0),
             x.stride(1),
             cos.stride(0),
             sin.stride(0),
             y.stride(0),
             y.stride(1),
+            N=N,
+            D=D,
+            Dr=Dr,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
             **tile.meta,
@@ -174,15 +174,29 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
 
 
 # specs/ops/position.yaml: scale_by_position
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _scale_by_position_kernel(
-    x, pos, y, growth, interval, offset, T, N, D, x_T, x_N, y_T, y_N, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    pos,
+    y,
+    growth,
+    interval,
+    offset,
+    T,
+    x_T,
+    x_N,
+    y_T,
+    y_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * N
     i_N = row % N
-    i_T = row // N
+    i_T = (row // N).to(tl.int64)
     step = tl.floor((tl.load(pos + i_T, mask=is_row, other=0).to(tl.float32) + offset) / interval)
     factor = 1.0 + growth * tl.log(1.0 + step)
     i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -213,12 +227,12 @@ def scale_by_position(x: Tensor, pos: Tensor, *, growth: float, interval: float,
             interval,
             offset,
             T,
-            N,
-            D,
             x.stride(0),
             x.stride(1),
             y.stride(0),
             y.stride(1),
+            N=N,
+            D=D,
             BLOCK_D=tile.block,
             **tile.meta,
         )

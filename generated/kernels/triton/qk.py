@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.qk import qk_norm_1p_rope_kv_store as reference_qk_norm_1p_rope_kv_store
+from ..reference.qk import qk_norm_rope_kv_store as reference_qk_norm_rope_kv_store
 from . import device
-from .tiles import dense, row_tile, split_tile
+from .tiles import LONGEST_TILE, dense, row_tile, split_tile
 
 __all__ = [
     "qk_norm_1p_rope_kv_store",
@@ -20,30 +22,31 @@ __all__ = [
 
 # specs/ops/qk.yaml: qk_rope_kv_store
 @triton.jit
-def _qk_rope_kv_store_kernel(
+def _qk_rope_kv_store_rows(
+    program,
     qkv,
     pos,
     cos,
     sin,
     q,
-    Nq,
-    D,
     T,
-    Dr,
     qkv_T,
     cos_P,
     sin_P,
     q_T,
     q_Nq,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nq
     i_Nq = row % Nq
-    i_T = row // Nq
+    i_T = (row // Nq).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
@@ -62,7 +65,8 @@ def _qk_rope_kv_store_kernel(
 
 
 @triton.jit
-def _qk_rope_kv_store_kernel1(
+def _qk_rope_kv_store_rows1(
+    program,
     qkv,
     pos,
     cos,
@@ -70,12 +74,7 @@ def _qk_rope_kv_store_kernel1(
     slots,
     k_out,
     v_out,
-    Nq,
-    Nkv,
-    D,
     T,
-    Dr,
-    BS,
     qkv_T,
     cos_P,
     sin_P,
@@ -85,16 +84,21 @@ def _qk_rope_kv_store_kernel1(
     v_out_PG,
     v_out_BS,
     v_out_Nkv,
+    Nq: tl.constexpr,
+    Nkv: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    BS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nkv
     i_Nkv = row % Nkv
-    i_T = row // Nkv
+    i_T = (row // Nkv).to(tl.int64)
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
@@ -120,6 +124,95 @@ def _qk_rope_kv_store_kernel1(
     tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
 
 
+@triton.jit(do_not_specialize=["T", "programs"])
+def _qk_rope_kv_store_kernel(
+    qkv,
+    pos,
+    cos,
+    sin,
+    q,
+    T,
+    qkv_T,
+    cos_P,
+    sin_P,
+    q_T,
+    q_Nq,
+    slots,
+    k_out,
+    v_out,
+    k_out_PG,
+    k_out_BS,
+    k_out_Nkv,
+    v_out_PG,
+    v_out_BS,
+    v_out_Nkv,
+    programs,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    Nkv: tl.constexpr,
+    BS: tl.constexpr,
+    ROWS_0: tl.constexpr,
+    BLOCK_Dr_0: tl.constexpr,
+    BLOCK_DDr_0: tl.constexpr,
+    ROWS_1: tl.constexpr,
+    BLOCK_Dr_1: tl.constexpr,
+    BLOCK_DDr_1: tl.constexpr,
+    BLOCK_D_1: tl.constexpr,
+):
+    if tl.program_id(0) < programs:
+        _qk_rope_kv_store_rows(
+            tl.program_id(0),
+            qkv,
+            pos,
+            cos,
+            sin,
+            q,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            q_T,
+            q_Nq,
+            Nq,
+            D,
+            Dr,
+            ROWS_0,
+            BLOCK_Dr_0,
+            BLOCK_DDr_0,
+        )
+    else:
+        _qk_rope_kv_store_rows1(
+            tl.program_id(0) - programs,
+            qkv,
+            pos,
+            cos,
+            sin,
+            slots,
+            k_out,
+            v_out,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            k_out_PG,
+            k_out_BS,
+            k_out_Nkv,
+            v_out_PG,
+            v_out_BS,
+            v_out_Nkv,
+            Nq,
+            Nkv,
+            D,
+            Dr,
+            BS,
+            ROWS_1,
+            BLOCK_Dr_1,
+            BLOCK_DDr_1,
+            BLOCK_D_1,
+        )
+
+
 def qk_rope_kv_store(
     qkv: Tensor,
     pos: Tensor,
@@ -142,87 +235,80 @@ def qk_rope_kv_store(
     k_out = k_cache
     v_out = v_cache
     columns = max(Dr // 2, D - Dr)
-    if T * Nq > 0 and columns > 0:
-        tile = split_tile(columns)
-        _qk_rope_kv_store_kernel[tile.grid(T * Nq)](
+    tile_0 = split_tile(columns)
+    columns = max(Dr // 2, D - Dr, D)
+    tile_1 = split_tile(columns)
+    programs = tile_0.grid(T * Nq)[0]
+    num_programs = programs + tile_1.grid(T * Nkv)[0]
+    if num_programs > 0:
+        _qk_rope_kv_store_kernel[(num_programs, max(tile_0.num_blocks, tile_1.num_blocks))](
             qkv,
             pos,
             cos,
             sin,
             q,
-            Nq,
-            D,
             T,
-            Dr,
             qkv.stride(0),
             cos.stride(0),
             sin.stride(0),
             q.stride(0),
             q.stride(1),
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            **tile.meta,
-        )
-    columns = max(Dr // 2, D - Dr, D)
-    if T * Nkv > 0 and columns > 0:
-        tile = split_tile(columns)
-        _qk_rope_kv_store_kernel1[tile.grid(T * Nkv)](
-            qkv,
-            pos,
-            cos,
-            sin,
             slots,
             k_out,
             v_out,
-            Nq,
-            Nkv,
-            D,
-            T,
-            Dr,
-            BS,
-            qkv.stride(0),
-            cos.stride(0),
-            sin.stride(0),
             k_out.stride(0),
             k_out.stride(1),
             k_out.stride(2),
             v_out.stride(0),
             v_out.stride(1),
             v_out.stride(2),
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            BLOCK_D=tile.block,
-            **tile.meta,
+            programs,
+            Nq=Nq,
+            D=D,
+            Dr=Dr,
+            Nkv=Nkv,
+            BS=BS,
+            ROWS_0=tile_0.rows,
+            BLOCK_Dr_0=tile_0.block,
+            BLOCK_DDr_0=tile_0.block,
+            ROWS_1=tile_1.rows,
+            BLOCK_Dr_1=tile_1.block,
+            BLOCK_DDr_1=tile_1.block,
+            BLOCK_D_1=tile_1.block,
+            num_warps=max(tile_0.num_warps, tile_1.num_warps),
+            num_stages=1,
+            enable_fp_fusion=False,
         )
     return q, k_out, v_out
 
 
 # specs/ops/qk.yaml: qk_rope_interleaved_kv_store
 @triton.jit
-def _qk_rope_interleaved_kv_store_kernel(
+def _qk_rope_interleaved_kv_store_rows(
+    program,
     qkv,
     pos,
     cos,
     sin,
     q,
-    Nq,
-    D,
     T,
-    Dr,
     qkv_T,
     cos_P,
     sin_P,
     q_T,
     q_Nq,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nq
     i_Nq = row % Nq
-    i_T = row // Nq
+    i_T = (row // Nq).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
@@ -241,7 +327,8 @@ def _qk_rope_interleaved_kv_store_kernel(
 
 
 @triton.jit
-def _qk_rope_interleaved_kv_store_kernel1(
+def _qk_rope_interleaved_kv_store_rows1(
+    program,
     qkv,
     pos,
     cos,
@@ -249,12 +336,7 @@ def _qk_rope_interleaved_kv_store_kernel1(
     slots,
     k_out,
     v_out,
-    Nq,
-    Nkv,
-    D,
     T,
-    Dr,
-    BS,
     qkv_T,
     cos_P,
     sin_P,
@@ -264,16 +346,21 @@ def _qk_rope_interleaved_kv_store_kernel1(
     v_out_PG,
     v_out_BS,
     v_out_Nkv,
+    Nq: tl.constexpr,
+    Nkv: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    BS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nkv
     i_Nkv = row % Nkv
-    i_T = row // Nkv
+    i_T = (row // Nkv).to(tl.int64)
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
@@ -295,6 +382,95 @@ def _qk_rope_interleaved_kv_store_kernel1(
     in_D = i_D < D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+
+
+@triton.jit(do_not_specialize=["T", "programs"])
+def _qk_rope_interleaved_kv_store_kernel(
+    qkv,
+    pos,
+    cos,
+    sin,
+    q,
+    T,
+    qkv_T,
+    cos_P,
+    sin_P,
+    q_T,
+    q_Nq,
+    slots,
+    k_out,
+    v_out,
+    k_out_PG,
+    k_out_BS,
+    k_out_Nkv,
+    v_out_PG,
+    v_out_BS,
+    v_out_Nkv,
+    programs,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    Nkv: tl.constexpr,
+    BS: tl.constexpr,
+    ROWS_0: tl.constexpr,
+    BLOCK_Dr_0: tl.constexpr,
+    BLOCK_DDr_0: tl.constexpr,
+    ROWS_1: tl.constexpr,
+    BLOCK_Dr_1: tl.constexpr,
+    BLOCK_DDr_1: tl.constexpr,
+    BLOCK_D_1: tl.constexpr,
+):
+    if tl.program_id(0) < programs:
+        _qk_rope_interleaved_kv_store_rows(
+            tl.program_id(0),
+            qkv,
+            pos,
+            cos,
+            sin,
+            q,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            q_T,
+            q_Nq,
+            Nq,
+            D,
+            Dr,
+            ROWS_0,
+            BLOCK_Dr_0,
+            BLOCK_DDr_0,
+        )
+    else:
+        _qk_rope_interleaved_kv_store_rows1(
+            tl.program_id(0) - programs,
+            qkv,
+            pos,
+            cos,
+            sin,
+            slots,
+            k_out,
+            v_out,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            k_out_PG,
+            k_out_BS,
+            k_out_Nkv,
+            v_out_PG,
+            v_out_BS,
+            v_out_Nkv,
+            Nq,
+            Nkv,
+            D,
+            Dr,
+            BS,
+            ROWS_1,
+            BLOCK_Dr_1,
+            BLOCK_DDr_1,
+            BLOCK_D_1,
+        )
 
 
 def qk_rope_interleaved_kv_store(
@@ -319,57 +495,49 @@ def qk_rope_interleaved_kv_store(
     k_out = k_cache
     v_out = v_cache
     columns = max(Dr // 2, D - Dr)
-    if T * Nq > 0 and columns > 0:
-        tile = split_tile(columns)
-        _qk_rope_interleaved_kv_store_kernel[tile.grid(T * Nq)](
+    tile_0 = split_tile(columns)
+    columns = max(Dr // 2, D - Dr, D)
+    tile_1 = split_tile(columns)
+    programs = tile_0.grid(T * Nq)[0]
+    num_programs = programs + tile_1.grid(T * Nkv)[0]
+    if num_programs > 0:
+        _qk_rope_interleaved_kv_store_kernel[(num_programs, max(tile_0.num_blocks, tile_1.num_blocks))](
             qkv,
             pos,
             cos,
             sin,
             q,
-            Nq,
-            D,
             T,
-            Dr,
             qkv.stride(0),
             cos.stride(0),
             sin.stride(0),
             q.stride(0),
             q.stride(1),
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            **tile.meta,
-        )
-    columns = max(Dr // 2, D - Dr, D)
-    if T * Nkv > 0 and columns > 0:
-        tile = split_tile(columns)
-        _qk_rope_interleaved_kv_store_kernel1[tile.grid(T * Nkv)](
-            qkv,
-            pos,
-            cos,
-            sin,
             slots,
             k_out,
             v_out,
-            Nq,
-            Nkv,
-            D,
-            T,
-            Dr,
-            BS,
-            qkv.stride(0),
-            cos.stride(0),
-            sin.stride(0),
             k_out.stride(0),
             k_out.stride(1),
             k_out.stride(2),
             v_out.stride(0),
             v_out.stride(1),
             v_out.stride(2),
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            BLOCK_D=tile.block,
-            **tile.meta,
+            programs,
+            Nq=Nq,
+            D=D,
+            Dr=Dr,
+            Nkv=Nkv,
+            BS=BS,
+            ROWS_0=tile_0.rows,
+            BLOCK_Dr_0=tile_0.block,
+            BLOCK_DDr_0=tile_0.block,
+            ROWS_1=tile_1.rows,
+            BLOCK_Dr_1=tile_1.block,
+            BLOCK_DDr_1=tile_1.block,
+            BLOCK_D_1=tile_1.block,
+            num_warps=max(tile_0.num_warps, tile_1.num_warps),
+            num_stages=1,
+            enable_fp_fusion=False,
         )
     return q, k_out, v_out
 
@@ -377,32 +545,33 @@ def qk_rope_interleaved_kv_store(
 # specs/ops/qk.yaml: qk_norm_rope_kv_store
 @triton.jit
 def _qk_norm_rope_kv_store_rows(
+    program,
     qkv,
     q_norm,
     pos,
     cos,
     sin,
     q,
-    Nq,
-    D,
     eps,
     T,
-    Dr,
     qkv_T,
     cos_P,
     sin_P,
     q_T,
     q_Nq,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nq
     i_Nq = row % Nq
-    i_T = row // Nq
+    i_T = (row // Nq).to(tl.int64)
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
@@ -411,6 +580,8 @@ def _qk_norm_rope_kv_store_rows(
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
+    q_norm_shared = tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)
+    q_norm_shared1 = tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)
     c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
     s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     a = device.rounded(
@@ -419,7 +590,7 @@ def _qk_norm_rope_kv_store_rows(
             * tl.rsqrt(ms + eps),
             E,
         )
-        * tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
+        * q_norm_shared,
         E,
     )
     b = device.rounded(
@@ -428,7 +599,7 @@ def _qk_norm_rope_kv_store_rows(
             * tl.rsqrt(ms + eps),
             E,
         )
-        * tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
+        * q_norm_shared1,
         E,
     )
     y1 = device.rounded(a * c - b * s, E)
@@ -437,99 +608,22 @@ def _qk_norm_rope_kv_store_rows(
     tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
+    q_norm_shared2 = tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)
     same = device.rounded(
         device.rounded(
             tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
             * tl.rsqrt(ms + eps),
             E,
         )
-        * tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
+        * q_norm_shared2,
         E,
     )
     tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
-def _qk_norm_rope_kv_store_long(
-    qkv,
-    q_norm,
-    pos,
-    cos,
-    sin,
-    q,
-    Nq,
-    D,
-    eps,
-    T,
-    Dr,
-    qkv_T,
-    cos_P,
-    sin_P,
-    q_T,
-    q_Nq,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Dr: tl.constexpr,
-    BLOCK_DDr: tl.constexpr,
-):
-    E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    is_row = row < T * Nq
-    i_Nq = row % Nq
-    i_T = row // Nq
-    ms_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for start in range(0, D, BLOCK_D):
-        i_D = start + tl.arange(0, BLOCK_D)[None, :]
-        in_D = i_D < D
-        qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        xf = qh
-        ms_acc += tl.where(in_D, xf * xf, 0.0)
-    ms = tl.sum(ms_acc, 1)[:, None] / D
-    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
-    for start in range(0, Dr // 2, BLOCK_Dr):
-        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
-        in_Dr = i_Dr < Dr // 2
-        c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-        s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-        a = device.rounded(
-            device.rounded(
-                tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-                * tl.rsqrt(ms + eps),
-                E,
-            )
-            * tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
-            E,
-        )
-        b = device.rounded(
-            device.rounded(
-                tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-                * tl.rsqrt(ms + eps),
-                E,
-            )
-            * tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
-            E,
-        )
-        y1 = device.rounded(a * c - b * s, E)
-        y2 = device.rounded(b * c + a * s, E)
-        tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
-        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
-    for start in range(0, D - Dr, BLOCK_DDr):
-        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
-        in_DDr = i_DDr < D - Dr
-        same = device.rounded(
-            device.rounded(
-                tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-                * tl.rsqrt(ms + eps),
-                E,
-            )
-            * tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
-            E,
-        )
-        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
-
-
-@triton.jit
 def _qk_norm_rope_kv_store_rows1(
+    program,
     qkv,
     k_norm,
     pos,
@@ -538,13 +632,8 @@ def _qk_norm_rope_kv_store_rows1(
     slots,
     k_out,
     v_out,
-    Nq,
-    Nkv,
-    D,
     eps,
     T,
-    Dr,
-    BS,
     qkv_T,
     cos_P,
     sin_P,
@@ -554,16 +643,21 @@ def _qk_norm_rope_kv_store_rows1(
     v_out_PG,
     v_out_BS,
     v_out_Nkv,
+    Nq: tl.constexpr,
+    Nkv: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    BS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nkv
     i_Nkv = row % Nkv
-    i_T = row // Nkv
+    i_T = (row // Nkv).to(tl.int64)
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
     i_D = tl.arange(0, BLOCK_D)[None, :]
@@ -576,6 +670,8 @@ def _qk_norm_rope_kv_store_rows1(
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
+    k_norm_shared = tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)
+    k_norm_shared1 = tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)
     c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
     s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     a_2 = device.rounded(
@@ -584,7 +680,7 @@ def _qk_norm_rope_kv_store_rows1(
             * tl.rsqrt(ms_2 + eps),
             E,
         )
-        * tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
+        * k_norm_shared,
         E,
     )
     b_2 = device.rounded(
@@ -595,7 +691,7 @@ def _qk_norm_rope_kv_store_rows1(
             * tl.rsqrt(ms_2 + eps),
             E,
         )
-        * tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
+        * k_norm_shared1,
         E,
     )
     y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
@@ -604,114 +700,114 @@ def _qk_norm_rope_kv_store_rows1(
     tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
+    k_norm_shared2 = tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)
     same_2 = device.rounded(
         device.rounded(
             tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
             * tl.rsqrt(ms_2 + eps),
             E,
         )
-        * tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
+        * k_norm_shared2,
         E,
     )
     tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
 
 
-@triton.jit
-def _qk_norm_rope_kv_store_long1(
+@triton.jit(do_not_specialize=["T", "programs"])
+def _qk_norm_rope_kv_store_kernel(
     qkv,
-    k_norm,
+    q_norm,
     pos,
     cos,
     sin,
-    slots,
-    k_out,
-    v_out,
-    Nq,
-    Nkv,
-    D,
+    q,
     eps,
     T,
-    Dr,
-    BS,
     qkv_T,
     cos_P,
     sin_P,
+    q_T,
+    q_Nq,
+    k_norm,
+    slots,
+    k_out,
+    v_out,
     k_out_PG,
     k_out_BS,
     k_out_Nkv,
     v_out_PG,
     v_out_BS,
     v_out_Nkv,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Dr: tl.constexpr,
-    BLOCK_DDr: tl.constexpr,
+    programs,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    Nkv: tl.constexpr,
+    BS: tl.constexpr,
+    ROWS_0: tl.constexpr,
+    BLOCK_D_0: tl.constexpr,
+    BLOCK_Dr_0: tl.constexpr,
+    BLOCK_DDr_0: tl.constexpr,
+    ROWS_1: tl.constexpr,
+    BLOCK_D_1: tl.constexpr,
+    BLOCK_Dr_1: tl.constexpr,
+    BLOCK_DDr_1: tl.constexpr,
 ):
-    E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    is_row = row < T * Nkv
-    i_Nkv = row % Nkv
-    i_T = row // Nkv
-    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
-    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
-    ms_2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for start in range(0, D, BLOCK_D):
-        i_D = start + tl.arange(0, BLOCK_D)[None, :]
-        in_D = i_D < D
-        kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        xf_2 = kh
-        ms_2_acc += tl.where(in_D, xf_2 * xf_2, 0.0)
-        v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
-    ms_2 = tl.sum(ms_2_acc, 1)[:, None] / D
-    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
-    for start in range(0, Dr // 2, BLOCK_Dr):
-        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
-        in_Dr = i_Dr < Dr // 2
-        c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-        s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-        a_2 = device.rounded(
-            device.rounded(
-                tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-                * tl.rsqrt(ms_2 + eps),
-                E,
-            )
-            * tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
-            E,
+    if tl.program_id(0) < programs:
+        _qk_norm_rope_kv_store_rows(
+            tl.program_id(0),
+            qkv,
+            q_norm,
+            pos,
+            cos,
+            sin,
+            q,
+            eps,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            q_T,
+            q_Nq,
+            Nq,
+            D,
+            Dr,
+            ROWS_0,
+            BLOCK_D_0,
+            BLOCK_Dr_0,
+            BLOCK_DDr_0,
         )
-        b_2 = device.rounded(
-            device.rounded(
-                tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
-                    tl.float32
-                )
-                * tl.rsqrt(ms_2 + eps),
-                E,
-            )
-            * tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
-            E,
-        )
-        y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
-        y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
-        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
-        tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
-        )
-    for start in range(0, D - Dr, BLOCK_DDr):
-        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
-        in_DDr = i_DDr < D - Dr
-        same_2 = device.rounded(
-            device.rounded(
-                tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(
-                    tl.float32
-                )
-                * tl.rsqrt(ms_2 + eps),
-                E,
-            )
-            * tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
-            E,
-        )
-        tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
+    else:
+        _qk_norm_rope_kv_store_rows1(
+            tl.program_id(0) - programs,
+            qkv,
+            k_norm,
+            pos,
+            cos,
+            sin,
+            slots,
+            k_out,
+            v_out,
+            eps,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            k_out_PG,
+            k_out_BS,
+            k_out_Nkv,
+            v_out_PG,
+            v_out_BS,
+            v_out_Nkv,
+            Nq,
+            Nkv,
+            D,
+            Dr,
+            BS,
+            ROWS_1,
+            BLOCK_D_1,
+            BLOCK_Dr_1,
+            BLOCK_DDr_1,
         )
 
 
@@ -735,69 +831,62 @@ def qk_norm_rope_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    if max(D, Dr // 2, D - Dr) > LONGEST_TILE:
+        return reference_qk_norm_rope_kv_store(
+            qkv, q_norm, k_norm, pos, cos, sin, k_cache, v_cache, slots, Nq=Nq, Nkv=Nkv, D=D, eps=eps
+        )
     qkv, q_norm, k_norm, pos, cos, sin, slots = dense(qkv, q_norm, k_norm, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
     columns = max(D, Dr // 2, D - Dr)
-    if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
-        tile = row_tile(columns)
-        kernel = _qk_norm_rope_kv_store_long if tile.is_looped else _qk_norm_rope_kv_store_rows
-        kernel[tile.grid(T * Nq)](
+    tile_0 = row_tile(columns)
+    columns = max(D, Dr // 2, D - Dr)
+    tile_1 = row_tile(columns)
+    programs = tile_0.grid(T * Nq)[0]
+    num_programs = programs + tile_1.grid(T * Nkv)[0]
+    if num_programs > 0:
+        _qk_norm_rope_kv_store_kernel[(num_programs, max(tile_0.num_blocks, tile_1.num_blocks))](
             qkv,
             q_norm,
             pos,
             cos,
             sin,
             q,
-            Nq,
-            D,
             eps,
             T,
-            Dr,
             qkv.stride(0),
             cos.stride(0),
             sin.stride(0),
             q.stride(0),
             q.stride(1),
-            BLOCK_D=tile.block,
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            **tile.meta,
-        )
-    columns = max(D, Dr // 2, D - Dr)
-    if T * Nkv > 0 and columns > 0:
-        tile = row_tile(columns)
-        kernel = _qk_norm_rope_kv_store_long1 if tile.is_looped else _qk_norm_rope_kv_store_rows1
-        kernel[tile.grid(T * Nkv)](
-            qkv,
             k_norm,
-            pos,
-            cos,
-            sin,
             slots,
             k_out,
             v_out,
-            Nq,
-            Nkv,
-            D,
-            eps,
-            T,
-            Dr,
-            BS,
-            qkv.stride(0),
-            cos.stride(0),
-            sin.stride(0),
             k_out.stride(0),
             k_out.stride(1),
             k_out.stride(2),
             v_out.stride(0),
             v_out.stride(1),
             v_out.stride(2),
-            BLOCK_D=tile.block,
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            **tile.meta,
+            programs,
+            Nq=Nq,
+            D=D,
+            Dr=Dr,
+            Nkv=Nkv,
+            BS=BS,
+            ROWS_0=tile_0.rows,
+            BLOCK_D_0=tile_0.block,
+            BLOCK_Dr_0=tile_0.block,
+            BLOCK_DDr_0=tile_0.block,
+            ROWS_1=tile_1.rows,
+            BLOCK_D_1=tile_1.block,
+            BLOCK_Dr_1=tile_1.block,
+            BLOCK_DDr_1=tile_1.block,
+            num_warps=max(tile_0.num_warps, tile_1.num_warps),
+            num_stages=1,
+            enable_fp_fusion=False,
         )
     return q, k_out, v_out
 
@@ -805,32 +894,33 @@ def qk_norm_rope_kv_store(
 # specs/ops/qk.yaml: qk_norm_1p_rope_kv_store
 @triton.jit
 def _qk_norm_1p_rope_kv_store_rows(
+    program,
     qkv,
     q_norm,
     pos,
     cos,
     sin,
     q,
-    Nq,
-    D,
     eps,
     T,
-    Dr,
     qkv_T,
     cos_P,
     sin_P,
     q_T,
     q_Nq,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nq
     i_Nq = row % Nq
-    i_T = row // Nq
+    i_T = (row // Nq).to(tl.int64)
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
@@ -839,18 +929,20 @@ def _qk_norm_1p_rope_kv_store_rows(
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
+    q_norm_shared = tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)
+    q_norm_shared1 = tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)
     c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
     s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     a = device.rounded(
         tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
         * tl.rsqrt(ms + eps)
-        * (1.0 + tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
+        * (1.0 + q_norm_shared),
         E,
     )
     b = device.rounded(
         tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
         * tl.rsqrt(ms + eps)
-        * (1.0 + tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
+        * (1.0 + q_norm_shared1),
         E,
     )
     y1 = device.rounded(a * c - b * s, E)
@@ -859,87 +951,19 @@ def _qk_norm_1p_rope_kv_store_rows(
     tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
+    q_norm_shared2 = tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)
     same = device.rounded(
         tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
         * tl.rsqrt(ms + eps)
-        * (1.0 + tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
+        * (1.0 + q_norm_shared2),
         E,
     )
     tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
-def _qk_norm_1p_rope_kv_store_long(
-    qkv,
-    q_norm,
-    pos,
-    cos,
-    sin,
-    q,
-    Nq,
-    D,
-    eps,
-    T,
-    Dr,
-    qkv_T,
-    cos_P,
-    sin_P,
-    q_T,
-    q_Nq,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Dr: tl.constexpr,
-    BLOCK_DDr: tl.constexpr,
-):
-    E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    is_row = row < T * Nq
-    i_Nq = row % Nq
-    i_T = row // Nq
-    ms_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for start in range(0, D, BLOCK_D):
-        i_D = start + tl.arange(0, BLOCK_D)[None, :]
-        in_D = i_D < D
-        qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        xf = qh
-        ms_acc += tl.where(in_D, xf * xf, 0.0)
-    ms = tl.sum(ms_acc, 1)[:, None] / D
-    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
-    for start in range(0, Dr // 2, BLOCK_Dr):
-        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
-        in_Dr = i_Dr < Dr // 2
-        c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-        s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-        a = device.rounded(
-            tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-            * tl.rsqrt(ms + eps)
-            * (1.0 + tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
-            E,
-        )
-        b = device.rounded(
-            tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-            * tl.rsqrt(ms + eps)
-            * (1.0 + tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
-            E,
-        )
-        y1 = device.rounded(a * c - b * s, E)
-        y2 = device.rounded(b * c + a * s, E)
-        tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
-        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
-    for start in range(0, D - Dr, BLOCK_DDr):
-        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
-        in_DDr = i_DDr < D - Dr
-        same = device.rounded(
-            tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-            * tl.rsqrt(ms + eps)
-            * (1.0 + tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
-            E,
-        )
-        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
-
-
-@triton.jit
 def _qk_norm_1p_rope_kv_store_rows1(
+    program,
     qkv,
     k_norm,
     pos,
@@ -948,13 +972,8 @@ def _qk_norm_1p_rope_kv_store_rows1(
     slots,
     k_out,
     v_out,
-    Nq,
-    Nkv,
-    D,
     eps,
     T,
-    Dr,
-    BS,
     qkv_T,
     cos_P,
     sin_P,
@@ -964,16 +983,21 @@ def _qk_norm_1p_rope_kv_store_rows1(
     v_out_PG,
     v_out_BS,
     v_out_Nkv,
+    Nq: tl.constexpr,
+    Nkv: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    BS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Dr: tl.constexpr,
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < T * Nkv
     i_Nkv = row % Nkv
-    i_T = row // Nkv
+    i_T = (row // Nkv).to(tl.int64)
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
     i_D = tl.arange(0, BLOCK_D)[None, :]
@@ -986,12 +1010,14 @@ def _qk_norm_1p_rope_kv_store_rows1(
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
+    k_norm_shared = tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)
+    k_norm_shared1 = tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)
     c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
     s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     a_2 = device.rounded(
         tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
         * tl.rsqrt(ms_2 + eps)
-        * (1.0 + tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
+        * (1.0 + k_norm_shared),
         E,
     )
     b_2 = device.rounded(
@@ -999,7 +1025,7 @@ def _qk_norm_1p_rope_kv_store_rows1(
             tl.float32
         )
         * tl.rsqrt(ms_2 + eps)
-        * (1.0 + tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
+        * (1.0 + k_norm_shared1),
         E,
     )
     y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
@@ -1008,100 +1034,111 @@ def _qk_norm_1p_rope_kv_store_rows1(
     tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
+    k_norm_shared2 = tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)
     same_2 = device.rounded(
         tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
         * tl.rsqrt(ms_2 + eps)
-        * (1.0 + tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
+        * (1.0 + k_norm_shared2),
         E,
     )
     tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
 
 
-@triton.jit
-def _qk_norm_1p_rope_kv_store_long1(
+@triton.jit(do_not_specialize=["T", "programs"])
+def _qk_norm_1p_rope_kv_store_kernel(
     qkv,
-    k_norm,
+    q_norm,
     pos,
     cos,
     sin,
-    slots,
-    k_out,
-    v_out,
-    Nq,
-    Nkv,
-    D,
+    q,
     eps,
     T,
-    Dr,
-    BS,
     qkv_T,
     cos_P,
     sin_P,
+    q_T,
+    q_Nq,
+    k_norm,
+    slots,
+    k_out,
+    v_out,
     k_out_PG,
     k_out_BS,
     k_out_Nkv,
     v_out_PG,
     v_out_BS,
     v_out_Nkv,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Dr: tl.constexpr,
-    BLOCK_DDr: tl.constexpr,
+    programs,
+    Nq: tl.constexpr,
+    D: tl.constexpr,
+    Dr: tl.constexpr,
+    Nkv: tl.constexpr,
+    BS: tl.constexpr,
+    ROWS_0: tl.constexpr,
+    BLOCK_D_0: tl.constexpr,
+    BLOCK_Dr_0: tl.constexpr,
+    BLOCK_DDr_0: tl.constexpr,
+    ROWS_1: tl.constexpr,
+    BLOCK_D_1: tl.constexpr,
+    BLOCK_Dr_1: tl.constexpr,
+    BLOCK_DDr_1: tl.constexpr,
 ):
-    E: tl.constexpr = qkv.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    is_row = row < T * Nkv
-    i_Nkv = row % Nkv
-    i_T = row // Nkv
-    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
-    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
-    ms_2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for start in range(0, D, BLOCK_D):
-        i_D = start + tl.arange(0, BLOCK_D)[None, :]
-        in_D = i_D < D
-        kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        xf_2 = kh
-        ms_2_acc += tl.where(in_D, xf_2 * xf_2, 0.0)
-        v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
-    ms_2 = tl.sum(ms_2_acc, 1)[:, None] / D
-    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
-    for start in range(0, Dr // 2, BLOCK_Dr):
-        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
-        in_Dr = i_Dr < Dr // 2
-        c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-        s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-        a_2 = device.rounded(
-            tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-            * tl.rsqrt(ms_2 + eps)
-            * (1.0 + tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
-            E,
+    if tl.program_id(0) < programs:
+        _qk_norm_1p_rope_kv_store_rows(
+            tl.program_id(0),
+            qkv,
+            q_norm,
+            pos,
+            cos,
+            sin,
+            q,
+            eps,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            q_T,
+            q_Nq,
+            Nq,
+            D,
+            Dr,
+            ROWS_0,
+            BLOCK_D_0,
+            BLOCK_Dr_0,
+            BLOCK_DDr_0,
         )
-        b_2 = device.rounded(
-            tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
-                tl.float32
-            )
-            * tl.rsqrt(ms_2 + eps)
-            * (1.0 + tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
-            E,
-        )
-        y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
-        y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
-        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
-        tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
-        )
-    for start in range(0, D - Dr, BLOCK_DDr):
-        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
-        in_DDr = i_DDr < D - Dr
-        same_2 = device.rounded(
-            tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-            * tl.rsqrt(ms_2 + eps)
-            * (1.0 + tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
-            E,
-        )
-        tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
+    else:
+        _qk_norm_1p_rope_kv_store_rows1(
+            tl.program_id(0) - programs,
+            qkv,
+            k_norm,
+            pos,
+            cos,
+            sin,
+            slots,
+            k_out,
+            v_out,
+            eps,
+            T,
+            qkv_T,
+            cos_P,
+            sin_P,
+            k_out_PG,
+            k_out_BS,
+            k_out_Nkv,
+            v_out_PG,
+            v_out_BS,
+            v_out_Nkv,
+            Nq,
+            Nkv,
+            D,
+            Dr,
+            BS,
+            ROWS_1,
+            BLOCK_D_1,
+            BLOCK_Dr_1,
+            BLOCK_DDr_1,
         )
 
 
@@ -1125,68 +1162,61 @@ def qk_norm_1p_rope_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    if max(D, Dr // 2, D - Dr) > LONGEST_TILE:
+        return reference_qk_norm_1p_rope_kv_store(
+            qkv, q_norm, k_norm, pos, cos, sin, k_cache, v_cache, slots, Nq=Nq, Nkv=Nkv, D=D, eps=eps
+        )
     qkv, q_norm, k_norm, pos, cos, sin, slots = dense(qkv, q_norm, k_norm, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
     columns = max(D, Dr // 2, D - Dr)
-    if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
-        tile = row_tile(columns)
-        kernel = _qk_norm_1p_rope_kv_store_long if tile.is_looped else _qk_norm_1p_rope_kv_store_rows
-        kernel[tile.grid(T * Nq)](
+    tile_0 = row_tile(columns)
+    columns = max(D, Dr // 2, D - Dr)
+    tile_1 = row_tile(columns)
+    programs = tile_0.grid(T * Nq)[0]
+    num_programs = programs + tile_1.grid(T * Nkv)[0]
+    if num_programs > 0:
+        _qk_norm_1p_rope_kv_store_kernel[(num_programs, max(tile_0.num_blocks, tile_1.num_blocks))](
             qkv,
             q_norm,
             pos,
             cos,
             sin,
             q,
-            Nq,
-            D,
             eps,
             T,
-            Dr,
             qkv.stride(0),
             cos.stride(0),
             sin.stride(0),
             q.stride(0),
             q.stride(1),
-            BLOCK_D=tile.block,
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            **tile.meta,
-        )
-    columns = max(D, Dr // 2, D - Dr)
-    if T * Nkv > 0 and columns > 0:
-        tile = row_tile(columns)
-        kernel = _qk_norm_1p_rope_kv_store_long1 if tile.is_looped else _qk_norm_1p_rope_kv_store_rows1
-        kernel[tile.grid(T * Nkv)](
-            qkv,
             k_norm,
-            pos,
-            cos,
-            sin,
             slots,
             k_out,
             v_out,
-            Nq,
-            Nkv,
-            D,
-            eps,
-            T,
-            Dr,
-            BS,
-            qkv.stride(0),
-            cos.stride(0),
-            sin.stride(0),
             k_out.stride(0),
             k_out.stride(1),
             k_out.stride(2),
             v_out.stride(0),
             v_out.stride(1),
             v_out.stride(2),
-            BLOCK_D=tile.block,
-            BLOCK_Dr=tile.block,
-            BLOCK_DDr=tile.block,
-            **tile.meta,
+            programs,
+            Nq=Nq,
+            D=D,
+            Dr=Dr,
+            Nkv=Nkv,
+            BS=BS,
+            ROWS_0=tile_0.rows,
+            BLOCK_D_0=tile_0.block,
+            BLOCK_Dr_0=tile_0.block,
+            BLOCK_DDr_0=tile_0.block,
+            ROWS_1=tile_1.rows,
+            BLOCK_D_1=tile_1.block,
+            BLOCK_Dr_1=tile_1.block,
+            BLOCK_DDr_1=tile_1.block,
+            num_warps=max(tile_0.num_warps, tile_1.num_warps),
+            num_stages=1,
+            enable_fp_fusion=False,
         )
     return q, k_out, v_out

@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.varlen_attention import varlen_attention as reference_varlen_attention
 from . import device
+from .heads import head_blocks
+from .targets import choose
 
 __all__ = [
     "varlen_attention",
@@ -15,7 +18,7 @@ __all__ = [
 
 
 # specs/ops/varlen_attention.yaml: varlen_attention
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _varlen_attention_kernel(
     q,
     k,
@@ -38,15 +41,17 @@ def _varlen_attention_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    LATENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = BLOCK_M // BLOCK_G
+    TOKENS: tl.constexpr = max(BLOCK_M // G, 1)
+    HEAD_TILES: tl.constexpr = (G + BLOCK_M - 1) // BLOCK_M
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they start first
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // HEAD_TILES
     b = device.find_group(q_start, num_sequences, tile, TOKENS)
     begin = tl.load(q_start + b)
     num_tokens = tl.load(q_start + b + 1) - begin
@@ -54,16 +59,19 @@ def _varlen_attention_kernel(
     if token >= num_tokens:
         return
     length = num_tokens
-    i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    head = kv_head * G + i % BLOCK_G
-    row = token + i // BLOCK_G
-    is_query = (row < num_tokens) & (i % BLOCK_G < G)
+    i, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    i += tl.program_id(1) % HEAD_TILES * BLOCK_M  # row i is head i % G of token i // G
+    head = kv_head * G + i % G
+    row = token + i // G
+    is_query = (row < num_tokens) & (i < TOKENS * G)
     h, is_row = head[:, None], is_query[:, None]
     m = (length - num_tokens + row)[:, None]
     m_first = length - num_tokens + token
     m_last = length - num_tokens + tl.minimum(token + TOKENS, num_tokens) - 1
     t = (begin + row).to(tl.int64)[:, None]
-    queries = tl.load(q + t * q_row + h * q_head + d[None, :], mask=is_row & (d < D)[None, :], other=0.0)
+    q_rows = q + t * q_row + h * q_head
+    queries = device.load_rows(q_rows, is_row, D, 0, BLOCK_D)
+    rest = device.load_rows(q_rows, is_row, D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -93,9 +101,11 @@ def _varlen_attention_kernel(
             is_key = (position < stop) | (not MASKED)
             key_rows = k + (begin + position).to(tl.int64) * k_row + kv_head * k_head
             value_rows = v + (begin + position).to(tl.int64) * v_row + kv_head * v_head
-            keys = tl.load(key_rows[None, :] + d[:, None], mask=is_key[None, :] & (d < D)[:, None], other=0.0)
             n = position[None, :]
-            score = tl.dot(queries, keys, input_precision="ieee")
+            if LATENT:
+                score, values = device.score_latent(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
+            else:
+                score = device.score_keys(queries, rest, key_rows, is_key, D, BLOCK_D, BLOCK_R)
             if softcap is None:
                 score = score * (scale * device.LOG2E)
             else:
@@ -108,7 +118,8 @@ def _varlen_attention_kernel(
                     score,
                     float("-inf"),
                 )
-            values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
+            if not LATENT:
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
             acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
     result = device.normalized(acc, row_sum)
     tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
@@ -127,13 +138,15 @@ def varlen_attention(
 ) -> Tensor:
     """Softmax attention of q [T, Nq, D] over k and v [T, Nkv, D], each row over the keys of its sequence."""
     (T, Nq, D), Nkv = q.shape, k.shape[1]
+    use = choose("varlen", E=q.element_size(), D=D, Dv=D)
+    if use is None:
+        return reference_varlen_attention(q, k, v, q_start, scale=scale, causal=causal, window=window, softcap=softcap)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     G, B = Nq // Nkv, q_start.shape[0] - 1
-    BLOCK_G, BLOCK_D = triton.next_power_of_2(G), max(16, triton.next_power_of_2(D))
-    BLOCK_M = max(128, BLOCK_G)
+    BLOCK_M = use["BLOCK_M"]
     if T == 0:
         return o
-    _varlen_attention_kernel[(T // (BLOCK_M // BLOCK_G) + B, Nkv)](
+    _varlen_attention_kernel[(T // max(BLOCK_M // G, 1) + B, Nkv * triton.cdiv(G, BLOCK_M))](
         q,
         k,
         v,
@@ -151,13 +164,12 @@ def varlen_attention(
         G=G,
         D=D,
         DV=D,
+        LATENT=False,
         BLOCK_M=BLOCK_M,
-        BLOCK_G=BLOCK_G,
-        BLOCK_D=BLOCK_D,
-        BLOCK_DV=BLOCK_D,
-        BLOCK_N=32,
-        num_warps=8,
-        num_stages=2,
+        **head_blocks(D, D),
+        BLOCK_N=use["BLOCK_N"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
         enable_fp_fusion=True,
     )
     return o

@@ -16,6 +16,7 @@ import triton
 from compare import DEVICE, DTYPES, Finding, compared, special
 from torch import Tensor
 
+from sageLLM.generated import ops
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.generated.kernels.triton.linear import _lm_head_sample_merge
 from sageLLM.generated.kernels.triton.sampling import _sample_merge
@@ -23,6 +24,8 @@ from sageLLM.generated.kernels.triton.tiles import Tile
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.cases import CASES
 from sageLLM.generated.tests.op_checks import make_operands
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.executor.planner import TorchPlanner
 
 OF_TEMPLATES = {"linear", "lm_head", "lm_head_sample", "head_linear", "router_logits", "topk_router"}
 OF_TEMPLATES |= {"expert_linear", "expert_down"}
@@ -31,6 +34,8 @@ OF_TEMPLATES |= {"expert_linear", "expert_down"}
 def findings(everything: bool = True) -> Iterator[Finding]:
     yield from row_findings(everything)
     yield from attention_findings(everything)
+    yield from latent_findings(everything)
+    yield from fallback_findings()
     yield from gemm_findings(everything)
     yield from router_findings(everything)
     yield from sample_findings()
@@ -149,6 +154,35 @@ def attention_findings(everything: bool) -> Iterator[Finding]:
         yield attention("varlen_attention", dtype, one, operands)
 
 
+def latent_findings(everything: bool) -> Iterator[Finding]:
+    """Latent attention: values are a part of the keys, and the many heads of the one key head are several tiles."""
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32)
+    for dtype in DTYPES if everything else random.sample([*DTYPES], 1):
+        q, k, _, table, lengths = paged([300, 20], DTYPES[dtype], heads=(70, 1))
+        operands = [k, k[..., :16], table, lengths]
+        yield compared("paged_decode_attention", "latent", dtype, [q[:2], *operands], {"scale": 0.3}, is_sum=True)
+        operands = [q[:4], *operands, starts]
+        yield compared("paged_prefill_attention", "latent", dtype, operands, {"scale": 0.3}, is_sum=True)
+
+
+def fallback_findings() -> Iterator[Finding]:
+    """Sizes without a configuration run the reference, which the statistics of a plan announce."""
+    g = GraphWriter("wide", level="kernel", stage=None, dtype="f32")
+    q, *caches = (g.input(name, "f32", *shape) for name, shape in WIDE.items())
+    table, lengths = g.input("table", "i32", 2, 3), g.input("lengths", "i32", 2)
+    graph = g.finish([ops.paged_decode_attention(g, q, *caches, table, lengths)])
+    planner = TorchPlanner(KERNELS, "triton")
+    planner.plan(graph, {})
+    [(_, reason)] = planner.stats[0].in_python.values()
+    yield Finding("paged_decode_attention", "announced", "f32", 0.0, "" if "runs its reference" in reason else reason)
+    tensors = [torch.randn(shape) for shape in WIDE.values()]
+    operands = [*tensors, torch.tensor([[3, 0, 2], [1, 4, 5]]).int(), torch.tensor([40, 17]).int()]
+    yield compared("paged_decode_attention", "fallback", "f32", operands, {"scale": 0.1}, is_sum=True)
+
+
+WIDE = {"q": (2, 2, 256), "k": (6, 16, 1, 256), "v": (6, 16, 1, 256)}
+
+
 def with_dtypes(factors: Mapping[str, Sequence[Any]], everything: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for dtype in DTYPES:
         chosen = all_of(factors)
@@ -165,16 +199,17 @@ def attention(op: str, dtype: str, one: dict[str, Any], operands: list[Any]) -> 
     return compared(op, str(one), dtype, operands, {"scale": 0.3, **attrs}, is_sum=True)
 
 
-def paged(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """q for 50 rows of 6 heads, and a cache of 2 heads with blocks in random order; unused slots hold NaN."""
+def paged(lengths: list[int], dtype: torch.dtype, heads: tuple[int, int] = (6, 2)) -> list[Tensor]:
+    """q for 50 rows, and a cache of 2 key heads with blocks in random order; unused slots hold NaN."""
+    num_heads, num_kv_heads = heads
     width = max(1, -(-max(lengths) // 16))
     table = torch.randperm(len(lengths) * width + 3)[: len(lengths) * width].view(len(lengths), width).int()
-    k, v = (torch.full((len(lengths) * width + 3, 16, 2, d), torch.nan).to(dtype) for d in (24, 20))
+    k, v = (torch.full((len(lengths) * width + 3, 16, num_kv_heads, d), torch.nan).to(dtype) for d in (24, 20))
     for b, length in enumerate(lengths):
         for n in range(length):
-            k[table[b, n // 16], n % 16] = torch.randn(2, 24).to(dtype)
-            v[table[b, n // 16], n % 16] = torch.randn(2, 20).to(dtype)
-    return [torch.randn(50, 6, 24).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)]
+            k[table[b, n // 16], n % 16] = torch.randn(num_kv_heads, 24).to(dtype)
+            v[table[b, n // 16], n % 16] = torch.randn(num_kv_heads, 20).to(dtype)
+    return [torch.randn(50, num_heads, 24).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)]
 
 
 def gemm_findings(everything: bool) -> Iterator[Finding]:
@@ -186,7 +221,8 @@ def gemm_findings(everything: bool) -> Iterator[Finding]:
             return strided(torch.randn(shape).to(kind))
 
         num_experts = 2 if M == 32 else 5  # 2 experts have more than 32 rows each, and larger tiles
-        experts, stacked = torch.randint(0, num_experts, (M, 3)).int(), numbers(num_experts, 70, 100)
+        experts = torch.randint(0, num_experts + 1, (M, 3)).int()  # the last number is that of other ranks' experts
+        stacked = numbers(num_experts, 70, 100)
         calls: list[tuple[str, list[Any]]] = [
             ("linear", [numbers(M, K), numbers(37, K)]),
             ("lm_head", [numbers(M, K), numbers(37, K), numbers(37)]),
@@ -273,8 +309,6 @@ def query_key_findings(everything: bool) -> Iterator[Finding]:
             yield compared(op, "", dtype, [qkv, *rest], attrs)
         for op in ("qk_norm_rope_kv_store", "qk_norm_1p_rope_kv_store"):
             yield compared(op, "", dtype, [qkv, *norms, *rest], attrs)
-            with looped_rows(op):
-                yield compared(op, "looped rows", dtype, [qkv, *norms, *rest], attrs)
 
 
 def batch_invariance_findings() -> Iterator[Finding]:

@@ -80,7 +80,13 @@ def call(kernel: Callable[..., Any], operands: list[Any], attrs: Mapping[str, An
 def triton_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> tuple[Results, str]:
     """The results of the kernel, and whether it stored out of bounds or changed an operand."""
     memory = Memory()
-    placed = [None if x is None else memory.placed(x) if x.numel() else x.to(DEVICE) for x in operands]
+    placed: list[Any] = []
+    for number, x in enumerate(operands):
+        whole = next((placed[i] for i in range(number) if is_part(x, operands[i])), None)
+        if whole is not None:
+            placed.append(whole.as_strided(x.shape, x.stride(), whole.storage_offset()))
+        else:
+            placed.append(None if x is None else memory.placed(x) if x.numel() else x.to(DEVICE))
     torch.empty = memory.allocate
     try:
         results = call(KERNELS[op], placed, attrs)
@@ -93,6 +99,13 @@ def triton_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> tu
         if name not in changed and before is not None and not torch.equal(before.nan_to_num(), after.nan_to_num()):
             wrong = f"changes {name}"
     return tuple(x.cpu() for x in results), wrong
+
+
+def is_part(x: Tensor | None, whole: Tensor | None) -> bool:
+    """Whether x is the leading part of another operand, in the same memory."""
+    if x is None or whole is None or x.stride() != whole.stride():
+        return False
+    return x.data_ptr() == whole.data_ptr() and 0 < x.numel() < whole.numel()
 
 
 def exact_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:

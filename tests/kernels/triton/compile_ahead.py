@@ -2,6 +2,7 @@
 
     python compile_ahead.py sm_90:all
     python compile_ahead.py sm_80:linear,rope gfx942:linear
+    python compile_ahead.py sm_90:sizes sm_80:sizes=linear      attention, GEMMs and experts at many sizes
     SAGELLM_TREE=FOLDER python compile_ahead.py sm_90:all       the kernels of a generated overlay
 
 The launchers run unchanged, on tensors without data. A stub replaces the driver, so that Triton's JIT specialises the
@@ -15,10 +16,11 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from importlib import import_module
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from sageLLM.generated.kernels.triton.targets import why_reference
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TypePattern
@@ -34,7 +37,8 @@ from sageLLM.runtime.core.ir.types import TypePattern
 TREE = Path(os.environ.get("SAGELLM_TREE", "sageLLM/generated"))
 sys.path += [str(TREE.parent)] if TREE.is_absolute() else []
 PACKAGE = TREE.name if TREE.is_absolute() else "sageLLM.generated"
-KERNELS = import_module(f"{PACKAGE}.kernels.triton").KERNELS
+TABLES = import_module(f"{PACKAGE}.kernels.triton")
+KERNELS, TEMPLATES = TABLES.KERNELS, TABLES.TEMPLATES
 OPS = import_module(f"{PACKAGE}.ops").OPS
 
 TARGETS = {
@@ -47,7 +51,7 @@ WITH_SIZE, REGISTER_COUNT, FRAME_SIZE = 0x04, 0x2F, 0x11
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 OPCODES = r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.(?:\w+\.)*128)"
 DISASSEMBLED = {"_fused_add_rms_norm_rows", "_silu_mul_kernel", "_linear_kernel", "_paged_prefill_attention_kernel"}
-DISASSEMBLED |= {"_paged_decode_attention_split"}
+DISASSEMBLED |= {"_paged_decode_attention_split", "_paged_prefill_attention_split", "_expert_linear_kernel"}
 
 SIZES = {"R": 32, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
@@ -55,6 +59,10 @@ SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB":
 SIZES |= {"G": 4, "S": 3, "K": 8, "Dr": 64} if PACKAGE != "sageLLM.generated" else {}
 LONG = SIZES | {"H": 32768, "I": 32768}
 
+HEAD_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
+"""Sizes of keys and values; with the last ones, of absorbed latent attention, values are a part of the keys."""
+GROUPS = (1, 3, 4, 5, 7, 8, 16, 128)
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 TORCH = {"i8": torch.int8, "bool": torch.bool, "i32": torch.int32, "i64": torch.int64}
 
 
@@ -87,7 +95,33 @@ class Stub(DriverBase):
         raise RuntimeError("benchmarking requires a device")
 
 
-def compile_op(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+class Case(NamedTuple):
+    """One call of a launcher; `label` is the same for cases that are reported together."""
+
+    label: str
+    op: str
+    sizes: Mapping[str, int]
+    dtype: torch.dtype = torch.bfloat16
+
+
+def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
+    """Attention by head size, element type and group; GEMMs of few and more rows; experts with few and many rows.
+
+    Every size occurs with every element type, and every group with one size: it changes the arithmetic of rows only.
+    """
+    for (D, Dv), dtype in product(HEAD_SIZES, DTYPES):
+        groups = GROUPS if (D, dtype) == (128, "bf16") else (16, 128) if (D, dtype) == (576, "bf16") else (4,)
+        for name, G in product(("paged_prefill_attention", "paged_decode_attention", "varlen_attention"), groups):
+            heads = {"D": D, "Dv": Dv, "Nkv": 1 if D == 576 else 2, "Nq": G if D == 576 else 2 * G}
+            if name in ops and (Dv == D or name != "varlen_attention"):
+                yield Case(f"{name} {D}{f'/{Dv}' * (Dv != D)} {dtype}", name, SIZES | heads, DTYPES[dtype])
+    rows = {"linear": (1, 32), "lm_head_sample": (32,), "expert_linear": (1, 64, 4096), "expert_down": (4096,)}
+    for name, dtype in product(rows, DTYPES):
+        for count in rows[name] if name in ops else ():
+            yield Case(f"{name} {count} rows {dtype}", name, SIZES | dict.fromkeys("RST", count), DTYPES[dtype])
+
+
+def compile_op(name: str, sizes: Mapping[str, int], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """The kernels that one call of the op's launcher would run, by name."""
     found: dict[str, Any] = {}
     original = JITFunction.run
@@ -98,24 +132,27 @@ def compile_op(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 
     JITFunction.run = record
     try:
-        KERNELS[name](*operands(name, sizes), **attrs(name, sizes))
+        KERNELS[name](*operands(name, sizes, dtype), **attrs(name, sizes))
     finally:
         JITFunction.run = original
     return found
 
 
-def operands(name: str, sizes: Mapping[str, int]) -> list[torch.Tensor | None]:
+def operands(name: str, sizes: Mapping[str, int], dtype: torch.dtype) -> list[torch.Tensor | None]:
     """Tensors without data; of the optional operands only weights and biases."""
     op = OPS[name]
     absent = op.optional_inputs - {"w", "bias"}
-    return [None if key in absent else operand(pattern, sizes) for key, pattern in op.input_types.items()]
+    made = {key: None if key in absent else operand(pattern, sizes, dtype) for key, pattern in op.input_types.items()}
+    if "k_cache" in made and sizes["D"] == 576:
+        made["v_cache"] = made["k_cache"][..., : sizes["Dv"]]
+    return [*made.values()]
 
 
-def operand(pattern: TypePattern, sizes: Mapping[str, int]) -> torch.Tensor:
+def operand(pattern: TypePattern, sizes: Mapping[str, int], dtype: torch.dtype) -> Any:
     leading = [sizes["R"]] if pattern.has_leading else []
     shape = [*leading, *(int(str(evaluate(dim, sizes))) for dim in pattern.trailing)]
     if pattern.is_variable or pattern.element == "f32":
-        return torch.empty(shape, dtype=torch.bfloat16 if pattern.is_variable else torch.float32, device="meta")
+        return torch.empty(shape, dtype=dtype if pattern.is_variable else torch.float32, device="meta")
     return torch.zeros(shape, dtype=TORCH[pattern.element])  # launchers read the values of integer operands
 
 
@@ -171,12 +208,36 @@ def amd_needs(assembly: str) -> dict[str, Any]:
     return {"registers": registers, "spilled": spilled, "opcodes": ["MFMA"] if "v_mfma" in assembly else []}
 
 
+def size_needs(target: str, ops: Container[str]) -> dict[str, dict[str, Any]]:
+    """The needs at many sizes by label and kernel; those of a label are the greatest of its cases."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in cases_of_sizes(ops):
+        if reason := why_reference_of(case, target):
+            found[case.label] = {"reference": reason}
+            continue
+        for name, kernel in compile_op(case.op, case.sizes, case.dtype).items():
+            label = f"{case.label} {name.removeprefix(f'_{case.op}_')}"
+            one = needs(name, kernel, TARGETS[target])
+            old = found.setdefault(label, one)
+            found[label] = {key: max(one[key], old[key]) for key in ("registers", "spilled", "shared")}
+            found[label]["opcodes"] = sorted({*one["opcodes"], *old["opcodes"]})
+    return found
+
+
+def why_reference_of(case: Case, target: str) -> str | None:
+    sizes = {"E": case.dtype.itemsize, **{name: case.sizes[name] for name in ("D", "Dv") if "attention" in case.op}}
+    return why_reference(target, TEMPLATES[case.op], sizes)
+
+
 def main(requests: list[str]) -> None:
     """Each request is a target and its ops, or all of them, as in sm_80:linear,rope."""
     report: dict[str, dict[str, Any]] = {}
     for device, (target, ops) in enumerate(request.split(":") for request in requests):
         driver.set_active(Stub(TARGETS[target], device))
         found = report.setdefault(target, {})
+        if ops.startswith("sizes"):
+            found |= size_needs(target, ops.split("=")[1].split(",") if "=" in ops else KERNELS)
+            continue
         names = [*KERNELS] if ops == "all" else ops.split(",")
         for name, sizes in ((name, sizes) for name in names for sizes in (SIZES, LONG)):
             for kernel_name, kernel in compile_op(name, sizes).items():

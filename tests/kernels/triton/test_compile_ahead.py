@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of the Triton kernels for GPUs; `needs/TARGET.txt` records the resources of each kernel.
 
-The suite compiles one kernel of every kind for sm_90, and some for gfx942; `make aot` compiles all
-kernels for all targets, and `make aot SAGELLM_ACCEPT=1` rewrites the files. They are valid for the version of Triton in
-their first line.
+The suite compiles one kernel of every kind for sm_90, and some for gfx942; `make aot` compiles all kernels for all
+targets, attention and GEMMs at many sizes, and `make aot SAGELLM_ACCEPT=1` rewrites the files. They are valid for the
+version of Triton in their first line.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from sageLLM.codegen import driver
 
@@ -28,8 +29,8 @@ ROOT = FOLDER.parents[2]
 ALL = os.environ.get("SAGELLM_AOT") == "all"
 ACCEPT = ALL and os.environ.get("SAGELLM_ACCEPT") == "1"
 SAMPLE = {
-    "sm_90": "silu_mul,fused_add_rms_norm,rope,combine_experts,paged_prefill_attention,paged_decode_attention,linear,"
-    "expert_linear,topk_router,kv_store,sample,lm_head_sample",
+    "sm_90": "silu_mul,fused_add_rms_norm,rope,combine_experts,paged_prefill_attention,linear,"
+    "expert_linear,topk_router,kv_store,sample",
     "gfx942": "fused_add_rms_norm,linear,topk_router,sample",
 }
 FORMS = "scan_all,top_router,i8_arithmetic,powers"
@@ -44,6 +45,7 @@ def compiled() -> dict[str, Any]:
     environ = {"TRITON_CACHE_DIR": str(ROOT / ".cache/triton"), **os.environ}  # holds the compiled kernels
     command = [sys.executable, FOLDER / "compile_ahead.py"]
     command += [f"{target}:{'all' if ALL else SAMPLE[target]}" for target in TARGETS]
+    command += [f"{target}:sizes" for target in TARGETS if ALL]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout)
@@ -58,7 +60,20 @@ def report(compiled: dict[str, Any]) -> dict[str, Report]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_spilled(report: dict[str, Report], target: str) -> None:
-    assert {name: needs["spilled"] for name, needs in report[target].items() if needs["spilled"]} == {}
+    assert {name: needs["spilled"] for name, needs in compiled_of(report, target).items() if needs["spilled"]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_is_within_the_limit_of_the_target(report: dict[str, Report], target: str) -> None:
+    """A kernel that requires more compiles, but cannot be launched."""
+    limit = YAML(typ="safe").load(ROOT / "specs/targets.yaml")["targets"][target]["shared_memory"]
+    shared = {name: needs["shared"] for name, needs in compiled_of(report, target).items()}
+    assert {name: size for name, size in shared.items() if size > limit} == {}
+
+
+def compiled_of(report: dict[str, Report], target: str) -> Report:
+    """The kernels, without the cases that run their reference."""
+    return {name: needs for name, needs in report[target].items() if "reference" not in needs}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -74,6 +89,8 @@ def test_needs(compiled: dict[str, Any], report: dict[str, Report], target: str)
 
 
 def line(name: str, needs: dict[str, Any]) -> str:
+    if "reference" in needs:
+        return f"{name}: reference, as {needs['reference']}"
     shared = f", {needs['shared']} bytes of shared memory" if needs["shared"] else ""
     return f"{name}: {needs['registers']} registers{shared}{', '.join(['', *needs['opcodes']])}"
 
@@ -96,6 +113,26 @@ def test_row_kernels_load_and_store_16_bytes_at_a_time(report: dict[str, Report]
         assert {"LDG.E.128", "STG.E.128"} <= set(report["sm_90"][name]["opcodes"])
 
 
-def test_prefill_attention_uses_the_tensor_cores_of_hopper(report: dict[str, Report]) -> None:
-    """wgmma, which requires tiles of at least 64 rows."""
-    assert "HGMMA" in report["sm_90"]["_paged_prefill_attention_kernel"]["opcodes"]
+MATRIX_UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+COPIES = "LDGSTS.E"
+"""cp.async: copies of 16 bytes into shared memory that do not wait."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_and_gemms_use_matrix_units(report: dict[str, Report], target: str) -> None:
+    """On Hopper prompts use wgmma, which requires tiles of at least 64 rows; few rows use the older instructions."""
+    used = {name: " ".join(needs["opcodes"]) for name, needs in compiled_of(report, target).items()}
+    few = "MFMA" if target == "gfx942" else "HMMA"
+    expected = {"_paged_prefill_attention_kernel": MATRIX_UNITS[target], "_paged_prefill_attention_split": few}
+    expected |= {"_linear_kernel": few, "_expert_linear_kernel": few}
+    present = expected.keys() & used.keys()
+    assert present
+    assert {name: used[name] for name in present if expected[name] not in used[name]} == {}
+    if target != "gfx942":
+        assert {name: used[name] for name in present if COPIES not in used[name]} == {}
+
+
+def test_decode_attention_has_two_buffers(report: dict[str, Report]) -> None:
+    """While a tile of keys and one of values are used, the next ones are copied: 64 keys of 128 elements of bf16."""
+    for target in {"sm_80", "sm_90", "sm_100"} & report.keys():
+        assert report[target]["_paged_prefill_attention_split"]["shared"] >= 2 * 2 * 64 * 128 * 2

@@ -16,13 +16,15 @@ __all__ = [
 
 
 # scalars_and_leading_dims/spec.yaml: scale_by_one
-@triton.jit
-def _scale_by_one_kernel(x, s, y, N, D, R, x_R, x_N, y_R, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _scale_by_one_kernel(
+    x, s, y, R, x_R, x_N, y_R, N: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
     E: tl.constexpr = x.dtype.element_ty
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < R * N
     i_N = row % N
-    i_R = row // N
+    i_R = (row // N).to(tl.int64)
     i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     heads = device.rounded(
@@ -46,12 +48,12 @@ def scale_by_one(x: Tensor, s: Tensor) -> Tensor:
             x_rows,
             s,
             y_rows,
-            N,
-            D,
             R,
             x_rows.stride(0),
             x_rows.stride(1),
             y_rows.stride(0),
+            N=N,
+            D=D,
             BLOCK_D=tile.block,
             **tile.meta,
         )

@@ -16,28 +16,28 @@ __all__ = [
 
 
 # triton_own_names/spec.yaml: own_names
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _own_names_rows(
     row,
     start,
     kernel,
     columns,
     T,
-    N,
-    D,
     row_T,
     row_N,
     start_T,
     kernel_T,
     kernel_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = row.dtype.element_ty
-    row_ = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row_ = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row_ = row_ < T * N
     i_N = row_ % N
-    i_T = row_ // N
+    i_T = (row_ // N).to(tl.int64)
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     is_row = tl.load(row + i_T * row_T + i_N * row_N + i_D, mask=is_row_ & in_D, other=0).to(tl.float32) * columns
@@ -51,28 +51,28 @@ def _own_names_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _own_names_long(
     row,
     start,
     kernel,
     columns,
     T,
-    N,
-    D,
     row_T,
     row_N,
     start_T,
     kernel_T,
     kernel_N,
+    N: tl.constexpr,
+    D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = row.dtype.element_ty
-    row_ = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row_ = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row_ = row_ < T * N
     i_N = row_ % N
-    i_T = row_ // N
+    i_T = (row_ // N).to(tl.int64)
     mean_over_D_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start_ in range(0, D, BLOCK_D):
         i_D = start_ + tl.arange(0, BLOCK_D)[None, :]
@@ -111,13 +111,13 @@ def own_names(row: Tensor, start: Tensor, *, columns: float = 1.0) -> Tensor:
             kernel,
             columns,
             T,
-            N,
-            D,
             row.stride(0),
             row.stride(1),
             start.stride(0),
             kernel.stride(0),
             kernel.stride(1),
+            N=N,
+            D=D,
             BLOCK_D=tile.block,
             **tile.meta,
         )
