@@ -82,8 +82,17 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("mode", ["hybrid", "time_share", "strict", "auto"])
+@pytest.mark.parametrize(
+    ("mode", "pool"),
+    [
+        *(("hybrid", pool) for pool in POOLS),
+        ("time_share", "roomy"),
+        ("time_share", "swap"),
+        ("strict", "tight"),
+        ("strict", "no prefix cache"),
+        ("auto", "tight"),
+    ],
+)
 def test_answers_equal_those_of_the_synchronous_engine(mode: str, pool: str) -> None:
     ahead, in_turn = (load(mode, async_scheduling=is_async, **POOLS[pool]) for is_async in (True, False))
     num_preemptions = 0

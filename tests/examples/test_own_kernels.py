@@ -107,21 +107,26 @@ def test_templates_of_two_overlays_do_not_replace_each_other(specs: Path, tmp_pa
     assert f"two templates have the name 'cpu/token_counts.cpp.jinja': {other}" in findings(memo, specs, other)[0]
 
 
-@pytest.mark.parametrize(
-    ("target", "path", "old", "new"),
-    [("cpu", CPU, "int64_t t = 0;", "int64_t t = 1;"), ("triton", TRITON, "range(T)", "range(1, T)")],
-)
-def test_the_generated_tests_find_a_wrong_kernel(specs: Path, target: str, path: str, old: str, new: str) -> None:
-    """With an odd size, in the kernel of one target; without the fault there is no finding."""
+@pytest.fixture(scope="module")
+def right_and_wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The generated example, without and with a fault in the kernel of each target."""
+    folder = tmp_path_factory.mktemp("kernels")
+    specs = Path(shutil.copytree(SPECS, folder / "specs"))
+    driver.generate([specs], folder / "right")
+    edit(specs / CPU, "int64_t t = 0;", "int64_t t = 1;")
+    edit(specs / TRITON, "range(T)", "range(1, T)")
+    driver.generate([specs], folder / "wrong")
+    return folder / "right", folder / "wrong"
+
+
+@pytest.mark.parametrize("target", ["cpu", "triton"])
+def test_the_generated_tests_find_a_wrong_kernel(right_and_wrong: tuple[Path, Path], target: str) -> None:
+    """With an odd size; without the fault there is no finding."""
     if reason := why_not_checked(target):
         pytest.skip(reason)
     checks = [{"op": "token_counts", "cases": [{"B": 3, "T": 17, "V": 300}], "attrs": {}, "limits": {}}]
-    outs = specs.parent / "right", specs.parent / "wrong"
-    driver.generate([specs], outs[0])
-    edit(specs / path, old, new)
-    driver.generate([specs], outs[1])
-    assert "CHECKS" in (outs[0] / "tests/test_counts.py").read_text()
-    right, wrong = (problems_of_kernels(target, out, checks) for out in outs)
+    assert "CHECKS" in (right_and_wrong[0] / "tests/test_counts.py").read_text()
+    right, wrong = (problems_of_kernels(target, out, checks) for out in right_and_wrong)
     assert right == []
     assert wrong == ["token_counts {'B': 3, 'T': 17, 'V': 300} float32: counts has other values than the reference"]
 

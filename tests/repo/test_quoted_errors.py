@@ -15,6 +15,7 @@ from sageLLM.codegen import driver
 from sageLLM.codegen.commands import LineReader
 from sageLLM.codegen.diagnostics import SpecErrors, render
 from sageLLM.codegen.expectations import check_expectations
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.runtime.inspect.expectations import missed_expectations
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,8 @@ QUOTES = [
 
 
 @pytest.mark.parametrize(("page", "quote"), QUOTES)
-def test_a_quoted_error_is_printed(page: Path, quote: re.Match[str], tmp_path: Path) -> None:
-    printed = errors_with(quote["file"], int(quote["line"]), quote["source"], tmp_path)
+def test_a_quoted_error_is_printed(page: Path, quote: re.Match[str], tmp_path: Path, memo: LinkMemo) -> None:
+    printed = errors_with(quote["file"], int(quote["line"]), quote["source"], tmp_path, memo)
     expected = quote["text"].rstrip("\n")
     if ACCEPT:
         [found] = [error for error in printed if error.startswith(f"{quote['file']}:{quote['line']}:")]
@@ -41,7 +42,7 @@ def test_a_quoted_error_is_printed(page: Path, quote: re.Match[str], tmp_path: P
         assert expected in printed, "\n".join(printed)
 
 
-def errors_with(file: str, line: int, source: str, tmp_path: Path) -> list[str]:
+def errors_with(file: str, line: int, source: str, tmp_path: Path, memo: LinkMemo) -> list[str]:
     """The diagnostics, as text, after the line of the spec file is replaced."""
     [original] = [path for path in (ROOT / file, *ROOT.glob(f"examples/*/{file}")) if path.exists()]
     folder = original.parents[1]
@@ -52,7 +53,7 @@ def errors_with(file: str, line: int, source: str, tmp_path: Path) -> list[str]:
     (tmp_path / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     base, overlays = (copy, []) if folder == driver.BASE_SPECS else (driver.BASE_SPECS, [copy])
     with pytest.raises(SpecErrors) as caught:
-        specs = driver.load_and_link(overlays, base)
+        specs = driver.load_and_link(overlays, base, memo=memo)
         check_expectations(specs.raw, driver.emit(specs), missed_expectations)
     return [render(diagnostic, LineReader([copy])) for diagnostic in caught.value.diagnostics]
 
