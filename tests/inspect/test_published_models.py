@@ -19,8 +19,10 @@ PARAMETERS = {
     "HyperCLOVAX-SEED-Think-14B": 14_748_112_896,  # without its scales of activations
     "Hunyuan-A13B-Instruct": 80_393_183_232,
     "K-EXAONE-236B-A23B": 236_571_156_352,  # published as 236 billion
+    "Kimi-K2.5": 1_026_408_232_448,  # of the text model, published as 1 trillion; by shape, as its experts are packed
     "Llama-4-Scout-17B-16E": 107_769_861_120,  # of 109 billion with the vision model; without its rotary scaling
     "MiniMax-M2": 228_689_764_864,
+    "Ministral-8B-Instruct-2410": 8_019_808_256,
     "Mistral-Small-3.1-24B-Instruct-2503": 24_011_361_280 - 438_958_080,
     "OLMoE-1B-7B-0924": 6_919_161_856,
     "dots.llm1.base": 142_774_381_696,
