@@ -8,8 +8,10 @@ import torch
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.executor import red_zones
 from sageLLM.runtime.executor.device_api import CudaApi
 from sageLLM.runtime.executor.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
+from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
@@ -39,15 +41,30 @@ def choose_planner(
     if choice == "triton" and why_not:
         raise SageError(f"kernels must not be 'triton' here: {why_not}; use auto")
     gpu = CudaApi() if device.type == "cuda" else None
+    is_checked = red_zones.is_enabled()
     if choice == "triton" or (choice == "auto" and gpu is not None and why_not is None):
         kernels = {**references, **triton_table(registry.packages)}
+        if is_checked:
+            return TorchPlanner(red_zones.checked(kernels, registry.ops), "triton", gpu)
         return TorchPlanner(kernels, "triton", gpu, captures=captures and gpu is not None)
     if choice == "cpu" and device.type != "cpu":
         raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
         return TorchPlanner(references, device=gpu)
+    if is_checked:
+        return TorchPlanner(red_zones.checked({**references, **native_callables(registry)}, registry.ops), "cpu")
     # The runner is made on first use: finding a compiler takes time, and a model may need no native kernel.
     return NativePlanner(lambda: make_runner(registry), references, dtype)
+
+
+def native_callables(registry: Registry) -> dict[str, Kernel]:
+    """The native kernels as torch callables."""
+    compiler = find_compiler()
+    found: dict[str, Kernel] = {}
+    for folder, kernels in native_tables(registry.packages):
+        library = Library(kernels, Path(folder), compiler)
+        found |= {op: NativeCallable(kernel, library, registry.kernels[op]) for op, kernel in kernels.items()}
+    return found
 
 
 def make_runner(registry: Registry) -> NativeRunner:

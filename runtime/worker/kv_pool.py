@@ -13,6 +13,7 @@ import torch
 from sageLLM.runtime.core.model.layout import KvShape
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.execution_graph.kv_loads import lower_name
+from sageLLM.runtime.executor import red_zones
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.transport.shards import PoolShape, map_pool
@@ -61,6 +62,8 @@ class KVPool:
                 return staged_caches(num_layers, num_blocks, lower.num_blocks, sizes[1:], dtype)
             if folder is not None:
                 return [_mapped(folder, sizes, dtype) for _ in range(num_layers)]
+            if red_zones.is_enabled():
+                return [red_zones.guarded(sizes, dtype, device, fill=0) for _ in range(num_layers)]
             return [_zeros(sizes, dtype, device) for _ in range(num_layers)]
 
         self.num_layers, self.first_layer = num_layers, first_layer
