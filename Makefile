@@ -21,7 +21,7 @@ INSTALL_TRITON := $(INSTALL) "triton; platform_system == 'Linux'"
 INSTALL_EDITABLE := $(INSTALL) --no-build-isolation --editable
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CPP := $(wildcard runtime/kernels/cpu/*.h runtime/kernels/cpu/*.cpp generated/kernels/cpu/*.cpp benchmarks/*.cpp)
+CPP := $(wildcard runtime/kernels/cpu/*.h runtime/kernels/cpu/*.cpp generated/kernels/cpu/*.cpp)
 RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 

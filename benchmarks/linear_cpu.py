@@ -25,6 +25,7 @@ from machine import machine_facts
 from torch import Tensor
 
 from sageLLM.generated.kernels import cpu, reference
+from sageLLM.runtime.bench.limits import LimitKernels
 from sageLLM.runtime.kernels.cpu import compiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, kernel_function
@@ -59,14 +60,14 @@ class Timer:
 
     def __init__(self, threads: int, seconds: float) -> None:
         self._clock = time.thread_time if threads == 1 else time.perf_counter
-        self._seconds = seconds
+        self.seconds = seconds
 
     def best(self, *calls: Callable[[int], object]) -> list[float]:
         return [min(times) for times in self.all(*calls)]
 
     def all(self, *calls: Callable[[int], object]) -> list[list[float]]:
         found: list[list[float]] = [[] for _ in calls]
-        until, number = time.perf_counter() + self._seconds, 0
+        until, number = time.perf_counter() + self.seconds, 0
         while time.perf_counter() < until or number < 4:
             for times, call in zip(found, calls, strict=True):
                 start = self._clock()
@@ -144,17 +145,14 @@ def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads
 
 
 def ceilings_of(dtypes: list[str], library: Library, timer: Timer, threads: int) -> Ceilings:
-    data, total = torch.ones(COLD_BYTES // 4), torch.empty(1)
-    read = library.helper(str(Path(__file__).with_name("read.cpp")), "read", "f32")
-    pointers, sizes = (ctypes.c_void_p * 2)(data.data_ptr(), total.data_ptr()), (ctypes.c_int64 * 2)(len(data), threads)
-    (seconds,) = timer.best(lambda _: read(pointers, sizes, None))
+    read = LimitKernels(library, threads, timer.seconds).read(torch.ones(COLD_BYTES // 4))
     flops = {}
     for dtype in dtypes:
         a = torch.randn(512, 2048).to(DTYPES[dtype])
         packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(512, 2048).to(DTYPES[dtype]), 512)
         (best,) = timer.best(lambda _: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))  # noqa: B023
         flops[dtype] = 2 * 512 * 512 * 2048 / best
-    return Ceilings(data.nbytes / seconds, flops)
+    return Ceilings(read, flops)
 
 
 def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
