@@ -11,6 +11,8 @@ from sageLLM.runtime.executor.cuda_graphs import GraphedPlan
 from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.sequences import NO_DECODES, DecodeBatch, SequenceChunk, WorkerSequence
 
+MAX_SCORED = 65
+"""Prompt tokens with logits, in steps of at most so many: kernels of the head are specialised to fewer rows only."""
 STAGES: tuple[Stage, ...] = ("decode", "prefill", "hybrid")
 
 
@@ -39,8 +41,9 @@ def warm_up(runner: ModelRunner, max_tokens: int, stages: Sequence[Stage] = STAG
     one = DecodeBatch([_padding(runner, runner.pool.block_size)])
     for stage, num_tokens in eager:
         decodes = one if stage == "hybrid" else NO_DECODES
-        last = len(decodes) + num_tokens - 1
-        runner.run(stage, decodes, _chunks(runner, num_tokens), [*range(len(decodes)), last])
+        num_rows = len(decodes) + num_tokens
+        scored = range(len(decodes), num_rows) if num_tokens <= MAX_SCORED else [num_rows - 1]
+        runner.run(stage, decodes, _chunks(runner, num_tokens), [*range(len(decodes)), *scored])
         progress.step()
     device = runner.compiler.planner.device
     assert device is not None, "a runner with buckets has a device"

@@ -14,13 +14,14 @@ from sageLLM.runtime.executor.buckets import Buckets, row_buckets, table_widths
 from sageLLM.runtime.executor.token_reader import TokenReader, marked_tokens
 
 from .recorded_device import MODEL, RecordedDevice, counted, llm_on
+from .stubbed_triton import launched, recorded_compilations
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 SIZES = {"block_size": 4, "max_model_len": 200, "num_kv_blocks": 120}
 
 
 def scheduler(mode: str) -> PDSchedulerConfig:
-    return PDSchedulerConfig(mode=mode, max_decode_batch_size=6, max_prefill_tokens=32, prefill_chunk_size=16)
+    return PDSchedulerConfig(mode=mode, max_decode_batch_size=6, max_prefill_tokens=32, prefill_chunk_size=24)
 
 
 def test_a_steady_decode_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait() -> None:
@@ -59,19 +60,24 @@ def test_the_next_step_is_planned_while_the_device_runs_this_one() -> None:
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "strict"])
-def test_serving_captures_nothing_and_returns_the_tokens_of_the_cpu(mode: str) -> None:
+def test_serving_compiles_and_captures_nothing_and_returns_the_tokens_of_the_cpu(mode: str) -> None:
     """Random prompts and lengths, also beyond the first width of the block table; the work of a step starts late."""
     device, draw = RecordedDevice(), random.Random(mode)
     prompts = [[draw.randrange(3, 400) for _ in range(draw.choice([2, 9, 30, 150]))] for _ in range(8)]
     params = [
-        SamplingParams(max_tokens=draw.randrange(1, 30), temperature=temperature, seed=3, n=2 if temperature else 1)
-        for temperature in [0.0] * 5 + [0.7] * 3
+        SamplingParams(
+            max_tokens=draw.randrange(1, 30), temperature=heat, seed=3, n=2 if heat else 1, prompt_logprobs=scored
+        )
+        for heat, scored in [(0.0, None)] * 4 + [(0.0, 1)] * 2 + [(0.7, None)] * 2
     ]
     options: dict[str, Any] = {**SIZES, "scheduler": scheduler(mode)}
-    llm = llm_on(device, **options)
-    at_load = device.counts.copy()
-    assert at_load["captures"] == len(row_buckets(6)) * len(table_widths(50))
-    found = llm.generate(prompts, params)
+    with recorded_compilations() as compiled:
+        llm = llm_on(device, launched(KERNELS), **options)
+        at_load, num_compiled = device.counts.copy(), len(compiled)
+        assert at_load["captures"] == len(row_buckets(6)) * len(table_widths(50))
+        assert {"_paged_decode_attention_split", "_paged_prefill_attention_kernel"} <= set(compiled)
+        found = llm.generate(prompts, params)
+    assert compiled[num_compiled:] == []
     assert device.counts["captures"] == at_load["captures"]
     assert device.counts["allocations"] <= at_load["allocations"]
     assert device.counts["replays"] > 20
