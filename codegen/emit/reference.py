@@ -170,11 +170,11 @@ def _fused_lines(op: OpDef) -> list[str]:
 
 def _call_line(call: Call) -> str:
     arguments = [arg or "None" for arg in call.args]
-    arguments += [f"{name}={_attr_text(value)}" for name, value in call.kwargs]
+    arguments += [f"{name}={attr_text(value)}" for name, value in call.kwargs]
     return f"{', '.join(call.targets)} = {call.op}({', '.join(arguments)})"
 
 
-def _attr_text(value: AttrValue) -> str:
+def attr_text(value: AttrValue) -> str:
     match value:
         case AttrName(name=name):
             return name

@@ -8,6 +8,7 @@ from sageLLM.codegen.contents import Contents, refs
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.reference import parameters, parsed, result_type
+from sageLLM.codegen.emit.triton_epilogue import EpilogueView, epilogue_view
 from sageLLM.codegen.emit.triton_gemm import gemm_view
 from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_mask import MaskText
@@ -39,6 +40,8 @@ class TritonKernel:
     consumer: OpDef | None = None
     template: str = ""
     """The name of its template, by which targets choose its configuration."""
+    callees: tuple[str, ...] = ()
+    """The ops that the launcher calls by their launchers."""
 
     @property
     def references(self) -> list[OpDef]:
@@ -91,6 +94,12 @@ def _imports(kernels: Sequence[TritonKernel], specs: Specs) -> list[str]:
         entry = specs.ops[op].entry
         package = REFERENCES if specs.is_overlay and specs.raw.is_base(entry) else "..reference"
         lines.append(f"from {package}.{specs.ops[op].stem} import {op} as reference_{op}")
+    stem = kernels[0].op.stem
+    for op in dict.fromkeys(op for kernel in kernels for op in kernel.callees):
+        package = BASE if specs.is_overlay and specs.raw.is_base(specs.ops[op].entry) else "."
+        if specs.ops[op].stem != stem or package == BASE:
+            separator = "." if package == BASE else ""
+            lines.append(f"from {package}{separator}{specs.ops[op].stem} import {op}")
     return lines
 
 
@@ -103,6 +112,8 @@ def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel |
         text = _fused_text(op, fused, programs, renderer)
         template = _fused_template(op, fused, programs, renderer)
         return TritonKernel(op, text, fused.consumer, _stem(template)) if text and template else None
+    if op.fuses and (epilogue := epilogue_view(op, programs)) is not None:
+        return TritonKernel(op, _epilogue_text(op, epilogue, programs, renderer), callees=epilogue.callees)
     program = None if op.op_type in MOVES_NOTHING else programs.of(op)
     if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
         return None
@@ -112,6 +123,13 @@ def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel |
         return None
     view = {"parameters": parameters(op), "result": result_type(op)}
     return TritonKernel(op, renderer.render("triton_rows.py.jinja", rows=rows, **view))
+
+
+def _epilogue_text(op: OpDef, view: EpilogueView, programs: Programs, renderer: Renderer) -> str:
+    constants = programs.ops[op.fuses[0].op].triton
+    assert constants is not None, "the GEMM of an epilogue has a template"
+    text = {"parameters": parameters(op), "result": result_type(op), **dict(constants.params)}
+    return renderer.render("triton_epilogue.py.jinja", op=op, view=view, **text)
 
 
 def why_no_triton_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> str | None:
@@ -125,6 +143,8 @@ def why_no_triton_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> s
             if _fused_template(op, fused, programs, renderer)
             else "its GEMM and its consumer require a common template"
         )
+    if op.fuses and epilogue_view(op, programs) is not None:
+        return None
     program = programs.of(op)
     if program is None:
         is_fused = "it fuses an op that is defined by a reference"

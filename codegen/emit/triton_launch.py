@@ -190,6 +190,13 @@ def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
     )
 
 
+def sizes_and_operands(op: OpDef, own: OwnNames) -> list[str]:
+    """Lines of a launcher: all sizes, outputs, and operands with leading dims as rows."""
+    outputs = [_allocation(op, output, updates=False) for output in op.outputs]
+    as_rows = [_as_rows(operand, own) for operand in (*op.inputs, *op.outputs) if LEADING in operand.type.dims]
+    return [*_sizes(op, " ".join(op.symbols)), *_dense(op, updates=False), *outputs, *as_rows]
+
+
 def _dense(op: OpDef, *, updates: bool) -> list[str]:
     """`x, w = dense(x, w)` for the inputs; those that the op updates must be what they are."""
     updated = set(op.inplace.values()) if updates else set()
@@ -214,7 +221,7 @@ def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str, *, is_joint: bool
     is_looped = whole.has_reductions and not whole.selections and not is_joint
     looped = RowKernel(op, nest, own, whole=False) if is_looped else None
     text = "\n".join((*whole.lines, *(looped.lines if looped else ())))
-    arguments = {key: value for key, value in _arguments(op, own).items() if re.search(rf"\b{key}\b", text)}
+    arguments = {key: value for key, value in arguments_of(op, own).items() if re.search(rf"\b{key}\b", text)}
     constants = [attr.name for attr in op.attrs if attr.type in CONSTANTS and attr.name in arguments]
     constants += [size for size in op.symbols if size in arguments and size not in COUNTS]
     numbers = [key for key in arguments if key not in constants]
@@ -268,7 +275,7 @@ def _columns(rows: RowKernel, name: str) -> tuple[str, tuple[str, ...]]:
     return name, (f"{name} = {most}",)
 
 
-def _arguments(op: OpDef, own: OwnNames) -> Mapping[str, str]:
+def arguments_of(op: OpDef, own: OwnNames) -> Mapping[str, str]:
     """Everything that can be passed to a kernel, by parameter: operands, attrs, sizes, strides."""
     found = {operand.name: _rows_name(operand, own) for operand in (*op.inputs, *op.outputs)}
     found |= {attr.name: attr.name for attr in op.attrs}

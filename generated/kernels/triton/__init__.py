@@ -38,7 +38,20 @@ from .experts import (
     topk_router,
 )
 from .kv import kv_store
-from .linear import head_linear, linear, lm_head, lm_head_sample
+from .linear import (
+    head_linear,
+    linear,
+    linear_add,
+    linear_gelu,
+    linear_gelu_mul,
+    linear_gelu_tanh,
+    linear_gelu_tanh_mul,
+    linear_silu_mul,
+    lm_head,
+    lm_head_sample,
+    lm_head_scale,
+    lm_head_soft_cap,
+)
 from .norm import (
     fused_add_layer_norm,
     fused_add_rms_norm,
@@ -104,6 +117,14 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "linear": linear,
     "lm_head": lm_head,
     "head_linear": head_linear,
+    "linear_silu_mul": linear_silu_mul,
+    "linear_gelu_mul": linear_gelu_mul,
+    "linear_gelu_tanh_mul": linear_gelu_tanh_mul,
+    "linear_gelu": linear_gelu,
+    "linear_gelu_tanh": linear_gelu_tanh,
+    "linear_add": linear_add,
+    "lm_head_scale": lm_head_scale,
+    "lm_head_soft_cap": lm_head_soft_cap,
     "lm_head_sample": lm_head_sample,
     "rms_norm": rms_norm,
     "rms_norm_wide": rms_norm_wide,

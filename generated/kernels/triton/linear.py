@@ -13,13 +13,24 @@ from ..reference.linear import lm_head as reference_lm_head
 from ..reference.linear import lm_head_sample as reference_lm_head_sample
 from ..reference.sampling import sample as reference_sample
 from . import device
+from .activation import gelu, gelu_mul, gelu_tanh, gelu_tanh_mul, silu_mul
+from .elementwise import add, scale, soft_cap
 from .targets import choose
+from .tiles import dense
 
 __all__ = [
     "head_linear",
     "linear",
+    "linear_add",
+    "linear_gelu",
+    "linear_gelu_mul",
+    "linear_gelu_tanh",
+    "linear_gelu_tanh_mul",
+    "linear_silu_mul",
     "lm_head",
     "lm_head_sample",
+    "lm_head_scale",
+    "lm_head_soft_cap",
 ]
 
 
@@ -236,6 +247,625 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
         enable_fp_fusion=True,
     )
     return y
+
+
+# specs/ops/linear.yaml: linear_silu_mul
+@triton.jit(do_not_specialize=["R"])
+def _linear_silu_mul_kernel(
+    x,
+    w,
+    bias,
+    y,
+    y_R,
+    x_R,
+    R,
+    w_row,
+    I: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_I = i_R < R, i_I < I
+    x_ptrs = x + i_R * x_R + k[None, :]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
+        acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
+    g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
+    tl.store(
+        y + i_R * y_R + i_I,
+        device.rounded(
+            device.rounded(g * tl.sigmoid(g), E)
+            * device.rounded(
+                acc_1 + tl.load(bias + I + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc_1, E
+            ),
+            E,
+        ),
+        mask=is_row & in_I,
+    )
+
+
+def linear_silu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packed gate|up projection and its silu_mul, as the projection's epilogue."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        gu = linear(x, w, bias)
+        return silu_mul(gu)
+    K = x.shape[-1]
+    I = w.shape[0] // 2
+    R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
+    y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _linear_silu_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x_rows,
+        w,
+        bias,
+        y_rows,
+        y_rows.stride(0),
+        x_rows.stride(0),
+        R,
+        w.stride(0),
+        I=I,
+        K=K,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu_mul
+@triton.jit(do_not_specialize=["R"])
+def _linear_gelu_mul_kernel(
+    x,
+    w,
+    bias,
+    y,
+    y_R,
+    x_R,
+    R,
+    w_row,
+    I: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_I = i_R < R, i_I < I
+    x_ptrs = x + i_R * x_R + k[None, :]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
+        acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
+    g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
+    tl.store(
+        y + i_R * y_R + i_I,
+        device.rounded(
+            device.rounded(0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476)), E)
+            * device.rounded(
+                acc_1 + tl.load(bias + I + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc_1, E
+            ),
+            E,
+        ),
+        mask=is_row & in_I,
+    )
+
+
+def linear_gelu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packed gate|up projection and its gelu_mul, as the projection's epilogue."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        gu = linear(x, w, bias)
+        return gelu_mul(gu)
+    K = x.shape[-1]
+    I = w.shape[0] // 2
+    R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
+    y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _linear_gelu_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x_rows,
+        w,
+        bias,
+        y_rows,
+        y_rows.stride(0),
+        x_rows.stride(0),
+        R,
+        w.stride(0),
+        I=I,
+        K=K,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh_mul
+@triton.jit(do_not_specialize=["R"])
+def _linear_gelu_tanh_mul_kernel(
+    x,
+    w,
+    bias,
+    y,
+    y_R,
+    x_R,
+    R,
+    w_row,
+    I: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_I = i_R < R, i_I < I
+    x_ptrs = x + i_R * x_R + k[None, :]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
+        acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
+    g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
+    inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    tl.store(
+        y + i_R * y_R + i_I,
+        device.rounded(
+            device.rounded(0.5 * g * (1.0 + device.tanh(inner)), E)
+            * device.rounded(
+                acc_1 + tl.load(bias + I + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc_1, E
+            ),
+            E,
+        ),
+        mask=is_row & in_I,
+    )
+
+
+def linear_gelu_tanh_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packed gate|up projection and its gelu_tanh_mul, as the projection's epilogue."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        gu = linear(x, w, bias)
+        return gelu_tanh_mul(gu)
+    K = x.shape[-1]
+    I = w.shape[0] // 2
+    R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
+    y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _linear_gelu_tanh_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x_rows,
+        w,
+        bias,
+        y_rows,
+        y_rows.stride(0),
+        x_rows.stride(0),
+        R,
+        w.stride(0),
+        I=I,
+        K=K,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu
+@triton.jit(do_not_specialize=["R"])
+def _linear_gelu_kernel(
+    x,
+    w,
+    bias,
+    y,
+    y_R,
+    x_R,
+    R,
+    w_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_N = i_R < R, i_N < N
+    x_ptrs = x + i_R * x_R + k[None, :]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = acc
+    h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
+    v = h
+    tl.store(
+        y + i_R * y_R + i_N, device.rounded(0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476)), E), mask=is_row & in_N
+    )
+
+
+def linear_gelu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Projection and gelu as its epilogue."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        h = linear(x, w, bias)
+        return gelu(h)
+    K = x.shape[-1]
+    N = w.shape[0]
+    R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _linear_gelu_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x_rows,
+        w,
+        bias,
+        y_rows,
+        y_rows.stride(0),
+        x_rows.stride(0),
+        R,
+        w.stride(0),
+        N=N,
+        K=K,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh
+@triton.jit(do_not_specialize=["R"])
+def _linear_gelu_tanh_kernel(
+    x,
+    w,
+    bias,
+    y,
+    y_R,
+    x_R,
+    R,
+    w_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_N = i_R < R, i_N < N
+    x_ptrs = x + i_R * x_R + k[None, :]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = acc
+    h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
+    v = h
+    inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+    tl.store(y + i_R * y_R + i_N, device.rounded(0.5 * v * (1.0 + device.tanh(inner)), E), mask=is_row & in_N)
+
+
+def linear_gelu_tanh(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Projection and gelu_tanh as its epilogue."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        h = linear(x, w, bias)
+        return gelu_tanh(h)
+    K = x.shape[-1]
+    N = w.shape[0]
+    R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _linear_gelu_tanh_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x_rows,
+        w,
+        bias,
+        y_rows,
+        y_rows.stride(0),
+        x_rows.stride(0),
+        R,
+        w.stride(0),
+        N=N,
+        K=K,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+# specs/ops/linear.yaml: linear_add
+@triton.jit(do_not_specialize=["R"])
+def _linear_add_kernel(
+    x,
+    w,
+    residual,
+    bias,
+    y,
+    residual_R,
+    y_R,
+    x_R,
+    R,
+    w_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_N = i_R < R, i_N < N
+    x_ptrs = x + i_R * x_R + k[None, :]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = acc
+    h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
+    tl.store(
+        y + i_R * y_R + i_N,
+        device.rounded(tl.load(residual + i_R * residual_R + i_N, mask=is_row & in_N, other=0).to(tl.float32) + h, E),
+        mask=is_row & in_N,
+    )
+
+
+def linear_add(x: Tensor, w: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Projection and residual add as its epilogue."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        h = linear(x, w, bias)
+        return add(residual, h)
+    K = x.shape[-1]
+    N = w.shape[0]
+    R = x.shape[:-1].numel()
+    x, w, residual, bias = dense(x, w, residual, bias)
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    residual_rows = residual.reshape(R, *residual.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _linear_add_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x_rows,
+        w,
+        residual_rows,
+        bias,
+        y_rows,
+        residual_rows.stride(0),
+        y_rows.stride(0),
+        x_rows.stride(0),
+        R,
+        w.stride(0),
+        N=N,
+        K=K,
+        EVEN=K % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+# specs/ops/linear.yaml: lm_head_scale
+@triton.jit(do_not_specialize=["S"])
+def _lm_head_scale_kernel(
+    x,
+    w,
+    bias,
+    logits,
+    factor,
+    logits_S,
+    x_S,
+    S,
+    w_row,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_S, i_V, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_V = i_S < S, i_V < V
+    x_ptrs = x + i_S * x_S + k[None, :]
+    w_ptrs = w + i_V.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        is_k = (k < H - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_V & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = acc
+    raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
+    tl.store(logits + i_S * logits_S + i_V, raw * factor, mask=is_row & in_V)
+
+
+def lm_head_scale(x: Tensor, w: Tensor, bias: Tensor | None = None, *, factor: float) -> Tensor:
+    """Logits with a multiplier, as in Granite and Cohere."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        raw = lm_head(x, w, bias)
+        return scale(raw, factor=factor)
+    S = x.shape[0]
+    H = x.shape[1]
+    V = w.shape[0]
+    x, w, bias = dense(x, w, bias)
+    logits = torch.empty(S, V, dtype=torch.float32, device=x.device)
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _lm_head_scale_kernel[(triton.cdiv(V, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x,
+        w,
+        bias,
+        logits,
+        factor,
+        logits.stride(0),
+        x.stride(0),
+        S,
+        w.stride(0),
+        V=V,
+        H=H,
+        EVEN=H % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return logits
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap
+@triton.jit(do_not_specialize=["S"])
+def _lm_head_soft_cap_kernel(
+    x,
+    w,
+    bias,
+    logits,
+    cap,
+    logits_S,
+    x_S,
+    S,
+    w_row,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_S, i_V, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
+    is_row, in_V = i_S < S, i_V < V
+    x_ptrs = x + i_S * x_S + k[None, :]
+    w_ptrs = w + i_V.to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        is_k = (k < H - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=in_V & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = acc
+    raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
+    tl.store(logits + i_S * logits_S + i_V, device.tanh(raw / cap) * cap, mask=is_row & in_V)
+
+
+def lm_head_soft_cap(x: Tensor, w: Tensor, bias: Tensor | None = None, *, cap: float) -> Tensor:
+    """Logits with a soft cap, as in Gemma 2."""
+    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    if use is None or num_rows > 32 or num_rows == 0:
+        raw = lm_head(x, w, bias)
+        return soft_cap(raw, cap=cap)
+    S = x.shape[0]
+    H = x.shape[1]
+    V = w.shape[0]
+    x, w, bias = dense(x, w, bias)
+    logits = torch.empty(S, V, dtype=torch.float32, device=x.device)
+    BLOCK_M = 16 if num_rows <= 16 else 32
+    _lm_head_soft_cap_kernel[(triton.cdiv(V, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
+        x,
+        w,
+        bias,
+        logits,
+        cap,
+        logits.stride(0),
+        x.stride(0),
+        S,
+        w.stride(0),
+        V=V,
+        H=H,
+        EVEN=H % use["BLOCK_K"] == 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=use["BLOCK_N"],
+        BLOCK_K=use["BLOCK_K"],
+        num_warps=use["WARPS"],
+        num_stages=use["STAGES"],
+        enable_fp_fusion=False,
+    )
+    return logits
 
 
 # specs/ops/linear.yaml: lm_head_sample

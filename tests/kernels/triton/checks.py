@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -29,6 +30,8 @@ from sageLLM.runtime.executor.planner import TorchPlanner
 
 OF_TEMPLATES = {"linear", "lm_head", "lm_head_sample", "head_linear", "router_logits", "topk_router"}
 OF_TEMPLATES |= {"expert_linear", "expert_down"}
+GATED = {"linear_silu_mul", "linear_gelu_mul", "linear_gelu_tanh_mul"}
+EPILOGUES = GATED | {"linear_gelu", "linear_gelu_tanh", "linear_add", "lm_head_scale", "lm_head_soft_cap"}
 
 
 def findings(everything: bool = True) -> Iterator[Finding]:
@@ -48,7 +51,7 @@ def findings(everything: bool = True) -> Iterator[Finding]:
 
 def row_findings(everything: bool) -> Iterator[Finding]:
     """Ops from equations."""
-    for name in sorted(KERNELS.keys() & CASES.keys() - OF_TEMPLATES):
+    for name in sorted(KERNELS.keys() & CASES.keys() - OF_TEMPLATES - EPILOGUES):
         for kind, sizes, dtype in row_runs(name, everything):
             yield row_finding(name, kind, sizes, dtype)
 
@@ -233,6 +236,13 @@ def gemm_findings(everything: bool) -> Iterator[Finding]:
             ("expert_down", [numbers(M, 3, 100), experts, stacked, None]),
         ]
         yield from (compared(op, f"M={M}", dtype, operands, {}, is_sum=True) for op, operands in calls)
+        for op in sorted(EPILOGUES):
+            w = numbers(38, K) * (K**-0.5 if op in GATED else 1)  # of products of large numbers, sums lose digits
+            more = [numbers(M, 38)] if op == "linear_add" else []
+            attrs = {"lm_head_scale": {"factor": 0.7}, "lm_head_soft_cap": {"cap": 30.0}}.get(op, {})
+            operands = [numbers(M, K), w, *more, numbers(38) if dtype != "bf16" else None]
+            found = compared(op, f"M={M}", dtype, operands, attrs, is_sum=True)
+            yield replace(found, error=found.error / 2)  # gates round four times
 
 
 def router_findings(everything: bool) -> Iterator[Finding]:

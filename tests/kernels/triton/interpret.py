@@ -14,15 +14,17 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import checks
 import torch
 from compare import Finding
+from triton.runtime.interpreter import GridExecutor
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.generated.kernels.triton import KERNELS
@@ -39,18 +41,45 @@ def findings(everything: bool) -> Iterator[Finding]:
         run.add(finding.op)
         yield finding
     yield from (Finding(op, "", "", 0.0, "was not run") for op in KERNELS if op not in run)
-    yield engine_finding(3 if everything else 2)
+    yield from engine_findings(3 if everything else 2)
     yield benchmark_finding(everything)
 
 
-def engine_finding(num_tokens: int) -> Finding:
-    """The engine generates the same tokens with Triton kernels as with the references, in bf16."""
+def engine_findings(num_tokens: int) -> Iterator[Finding]:
+    """The engine generates the same tokens with Triton kernels as with the references, in bf16, in few launches."""
     tokens = []
+    launched: list[str] = []
     for kernels in ("reference", "triton"):
         llm = LLM(model=MODEL, kernels=kernels)
-        [request] = llm.generate(["import os\nimport "], SamplingParams(max_tokens=num_tokens, temperature=0.0))
+        with recorded_launches(launched):
+            [request] = llm.generate(["import os\nimport "], SamplingParams(max_tokens=num_tokens, temperature=0.0))
         tokens.append(request.outputs[0].token_ids)
-    return Finding("engine", str(tokens), "bf16", 0.0, "" if tokens[0] == tokens[1] else "other tokens")
+    yield Finding("engine", str(tokens), "bf16", 0.0, "" if tokens[0] == tokens[1] else "other tokens")
+    ends = [number for number, name in enumerate(launched) if name == "_lm_head_sample_merge"]
+    step = launched[ends[-2] + 1 : ends[-1] + 1]
+    allowed = LAUNCHES_PER_LAYER * llm.model.config.L + LAUNCHES_PER_STEP
+    yield Finding("engine", "launches", "bf16", 0.0, "" if len(step) <= allowed else f"{len(step)} launches: {step}")
+
+
+LAUNCHES_PER_LAYER = 8
+"""Two norms with the residual before them, four GEMMs, the store of keys and values, attention."""
+LAUNCHES_PER_STEP = 5
+"""Embedding, the rows that sample, the last norm, the LM head, the merge of its maxima."""
+
+
+@contextmanager
+def recorded_launches(names: list[str]) -> Iterator[None]:
+    original = GridExecutor.__call__
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.fn.__name__)
+        return original(self, *args, **kwargs)
+
+    GridExecutor.__call__ = record
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = original
 
 
 def benchmark_finding(everything: bool) -> Finding:

@@ -29,8 +29,8 @@ ROOT = FOLDER.parents[2]
 ALL = os.environ.get("SAGELLM_AOT") == "all"
 ACCEPT = ALL and os.environ.get("SAGELLM_ACCEPT") == "1"
 SAMPLE = {
-    "sm_90": "silu_mul,fused_add_rms_norm,rope,combine_experts,paged_prefill_attention,linear,"
-    "expert_linear,topk_router,kv_store,sample",
+    "sm_90": "silu_mul,fused_add_rms_norm,rope,combine_experts,paged_prefill_attention,"
+    "linear_silu_mul,expert_linear,topk_router,kv_store,sample",
     "gfx942": "fused_add_rms_norm,linear,topk_router,sample",
 }
 FORMS = "scan_all,top_router,i8_arithmetic,powers"
@@ -124,7 +124,7 @@ def test_attention_and_gemms_use_matrix_units(report: dict[str, Report], target:
     used = {name: " ".join(needs["opcodes"]) for name, needs in compiled_of(report, target).items()}
     few = "MFMA" if target == "gfx942" else "HMMA"
     expected = {"_paged_prefill_attention_kernel": MATRIX_UNITS[target], "_paged_prefill_attention_split": few}
-    expected |= {"_linear_kernel": few, "_expert_linear_kernel": few}
+    expected |= {"_linear_kernel": few, "_linear_silu_mul_kernel": few, "_expert_linear_kernel": few}
     present = expected.keys() & used.keys()
     assert present
     assert {name: used[name] for name in present if expected[name] not in used[name]} == {}
