@@ -166,7 +166,11 @@ def constants(variant: Variant) -> Iterator[None]:
     def replaced(original: Any) -> Any:
         def choose(name: str, **sizes: int) -> Any:
             use = original(name, **sizes)
-            return use if use is None or name != variant.template else {**use, **variant.constants}
+            if use is None or name != variant.template:
+                return use
+            if unknown := variant.constants.keys() - use.keys():
+                raise ValueError(f"{name} has the constants {', '.join(use)}, got {', '.join(unknown)}")
+            return {**use, **variant.constants}
 
         return choose
 

@@ -3,6 +3,8 @@
 import itertools
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.runtime.executor.buckets import Buckets, row_buckets, table_widths
+from sageLLM.runtime.executor.device_api import CudaApi
 from sageLLM.runtime.executor.token_reader import TokenReader, marked_tokens
 
 from .recorded_device import MODEL, RecordedDevice, counted, llm_on
@@ -113,6 +116,24 @@ def test_failed_rows_are_marked_in_the_tokens() -> None:
     pending = TokenReader(device).start(marked)
     assert pending.read(5) == ([1, 0, 0, 0, 0], [1, 2, 3])
     assert pending.rows(slice(3, 4)).read(1) == ([0], [0])
+
+
+def test_graphs_are_captured_in_one_pool_next_to_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the mode "thread_local" the calls of other threads, such as copies to tiers, do not end a capture."""
+    captured: list[dict[str, Any]] = []
+
+    @contextmanager
+    def graph(graph: Any, **options: Any) -> Iterator[None]:
+        captured.append(options)
+        yield
+
+    for name, value in {"CUDAGraph": object, "graph": graph, "graph_pool_handle": object}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    api = CudaApi()
+    for _ in range(2):
+        _, outputs = api.capture(lambda: [torch.ones(1)])
+        assert outputs[0].item() == 1
+    assert captured[0] == captured[1] == {"pool": captured[0]["pool"], "capture_error_mode": "thread_local"}
 
 
 def test_buckets() -> None:
