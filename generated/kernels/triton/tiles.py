@@ -39,9 +39,9 @@ def dense(*operands: Tensor | None) -> tuple[Any, ...]:
 
 
 def split_tile(columns: int, max_rows: int = 1024) -> Tile:
-    """For work on single elements: a thread has 8 of them, which are 16 bytes of a half type."""
-    block = min(triton.next_power_of_2(max(columns, 1)), 1024)
-    return Tile(min(1024 // block, max_rows), block, 4, num_blocks=triton.cdiv(columns, block))
+    """For work on single elements: a thread has 16 of them, two loads of 16 bytes, or 8 of short rows."""
+    block = min(triton.next_power_of_2(max(columns, 1)), 2048)
+    return Tile(min(max(1, 1024 // block), max_rows), block, 4, num_blocks=triton.cdiv(columns, block))
 
 
 def row_tile(columns: int, max_rows: int = 1024) -> Tile:

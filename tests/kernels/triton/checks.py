@@ -69,7 +69,7 @@ def row_runs(name: str, everything: bool) -> Iterator[tuple[str, Mapping[str, An
     for dtype in ("f32", "bf16") if everything else ("f32",):
         yield "strided rows", last, dtype
     if columns:
-        yield "more than a block", {**few, **dict.fromkeys(columns, 1500)}, "bf16"
+        yield "more than a block", {**few, **dict.fromkeys(columns, 2500)}, "bf16"
     if is_looped(name):
         long = {**few, **dict.fromkeys({"H", "D"} & last.keys(), 65)}  # a block of 64 columns, and one of 1
         yield from (("looped rows", long, dtype) for dtype in ("f32", "bf16"))
