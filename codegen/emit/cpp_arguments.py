@@ -1,6 +1,7 @@
 """Arguments of a C++ kernel by name: the contents of `tensors`, `sizes` and `attrs`, in the order of the signature."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.cpp_text import CPP_TYPES, cpp_name, size_text
@@ -44,14 +45,20 @@ def presence_name(attr: Attr, own: OwnNames) -> str:
     return own(f"has_{attr.name}")
 
 
-def declarations(op: OpDef, own: OwnNames, body: str, integer: str = "int64_t") -> list[str]:
+WEIGHT = "Weight"
+"""The element type of packed weights: that of the file, or a form of codes (`runtime/kernels/cpu/coded.h`)."""
+
+
+def declarations(
+    op: OpDef, own: OwnNames, body: str, integer: str = "int64_t", packed: Collection[str] = ()
+) -> list[str]:
     """Declares those of the arguments that the body uses; `integer` is the type of integer attrs."""
     sizes = sizes_of(op)
     lines = [f"const int64_t {name} = sizes[{i}];" for i, name in enumerate(sizes) if _mentions(body, name)]
     next_size = len(sizes)
     outputs = {o.name for o in op.outputs}
     for position, operand in enumerate((*op.inputs, *op.outputs)):
-        type_ = CPP_TYPES.get(operand.type.element, operand.type.element)
+        type_ = WEIGHT if operand.name in packed else CPP_TYPES.get(operand.type.element, operand.type.element)
         pointer = f"{type_}*" if operand.name in outputs else f"const {type_}*"
         if _mentions(body, cpp_name(operand.name)):
             lines.append(f"{pointer} {cpp_name(operand.name)} = ({pointer})tensors[{position}];")

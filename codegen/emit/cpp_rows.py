@@ -83,7 +83,7 @@ class CppKernel:
             body = computed_rows_lines(gemm, self._row_lines(gemm, gemm.prologue), self._epilogue(writer, gemm))
         else:
             body = [*self._prologue(gemm), *gemm_lines(gemm, writer, self._epilogue(writer, gemm))]
-        return (*declarations(self.op, self.own, "\n".join(body)), *body)
+        return (*declarations(self.op, self.own, "\n".join(body), packed={gemm.w.name}), *body)
 
     def fused_lines(self, fused: FusedEpilogue, rest: Sequence[str]) -> tuple[str, ...]:
         """The function of a GEMM and its consumer; `rest` is the consumer's work when all rows are complete."""
@@ -91,7 +91,7 @@ class CppKernel:
         writer = self._gemm_text(gemm, fused.result.name)
         lines = fused_lines(gemm, writer, self._epilogue(writer, gemm), epilogue)
         body = [*self._prologue(gemm), *lines, *rest]
-        return (*declarations(self.op, self.own, "\n".join(body)), *body)
+        return (*declarations(self.op, self.own, "\n".join(body), packed={gemm.w.name}), *body)
 
     def _gemm_text(self, gemm: Gemm, consumed: str = "") -> GemmText:
         self.operands[SUMS] = [""] * (len(gemm.epilogue.rows))

@@ -159,7 +159,8 @@ def _unpacks(op: OpDef) -> Unpacks | None:
     found = unpacks_of(op)
     if found is None:
         return None
-    return Unpacks(found.table, (*declarations(op, own_names(op), "\n".join(found.lines)), *found.lines))
+    arguments = declarations(op, own_names(op), "\n".join(found.lines), packed={found.table})
+    return Unpacks(found.table, (*arguments, *found.lines))
 
 
 def _parts(op: OpDef, program: RowProgram) -> dict[str, OutputPart] | None:
@@ -179,6 +180,7 @@ def _source(
         source=kernels[0].op.entry.doc.file,
         headers=_headers_of(kernels),
         hardware=hardware if any(kernel.packed for kernel in kernels) else None,
+        is_packed=any(kernel.packed or kernel.unpacks for kernel in kernels),
     )
     rows = tuple(kernel.row for kernel in kernels)
     return Output(f"{FOLDER}/{stem}.cpp", text, refs(rows), rows)
@@ -191,7 +193,7 @@ def _headers_of(kernels: Sequence[CpuKernel]) -> list[str]:
     if any(kernel.packed for kernel in kernels):
         headers.append("gemm.h")
     elif any(kernel.unpacks for kernel in kernels):
-        headers.append("packed.h")
+        headers.append("coded.h")
     return sorted({*headers, "sage.h"})
 
 
@@ -224,7 +226,8 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
         **{name: hook_text(presence, value) for name, value in hooks.items()},
     )
     body = [line for line in text.splitlines() if line.strip()]
-    return (*declarations(op, own, "\n".join(body), integer="int32_t"), *body)
+    packed = PACKED_OF_TEMPLATES.get(op.entry.spec.reference or "", {})
+    return (*declarations(op, own, "\n".join(body), integer="int32_t", packed=packed), *body)
 
 
 def _consumer_lines(fused: FusedEpilogue, renderer: Renderer) -> list[str]:

@@ -1,6 +1,6 @@
 """Emits GEMMs on the CPU: the blocked loops of `runtime/kernels/cpu/gemm.h`, around the op's own equations.
 
-const GemmArgs<E> args = {R, K, N, 1, w};
+const GemmArgs<E, Weight> args = {R, K, N, 1, w};
 gemm(MICROKERNEL, TUNING, args,
      [&](int64_t i_R) { return x + i_R * x_R; },
      [&](int64_t i_R, auto i_N, const float* sums) { store(y + i_R * y_R, i_N, to<E>(load(sums, Block{0}))); });
@@ -11,6 +11,7 @@ With a row prologue, `gemm_of_computed_rows` takes the lines that compute a row 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sageLLM.codegen.emit.cpp_arguments import WEIGHT
 from sageLLM.codegen.emit.cpp_text import CppText, Piece, cpp_name, size_text
 from sageLLM.codegen.expr.size import volume
 from sageLLM.codegen.expr.tree import Expr
@@ -123,10 +124,10 @@ def _rows(gemm: Gemm) -> Loop:
 
 
 def _args_line(gemm: Gemm) -> str:
-    """`const GemmArgs<E> args = {R, K, N, 1, w};`"""
+    """`const GemmArgs<E, Weight> args = {R, K, N, 1, w};`"""
     extents = (_rows(gemm).extent, gemm.inner, gemm.sweep.loop.extent)
     sizes = ", ".join(map(size_text, extents))
-    return f"const GemmArgs<{gemm.w.type.element}> args = {{{sizes}, {gemm.gates}, {cpp_name(gemm.w.name)}}};"
+    return f"const GemmArgs<{gemm.w.type.element}, {WEIGHT}> args = {{{sizes}, {gemm.gates}, {cpp_name(gemm.w.name)}}};"
 
 
 def _epilogue_lines(gemm: Gemm, captures: str, inside: Sequence[str]) -> list[str]:

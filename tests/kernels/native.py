@@ -31,14 +31,14 @@ def library() -> Library:
 class FreshLibrary(Library):
     """Loads a copy of each library, which selects its instruction set again."""
 
-    def __init__(self, folder: Path, flags: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, flags: tuple[str, ...] = (), sources: Path = Path(cpu.__file__).parent) -> None:
         found = compiler.find_compiler()
         assert found is not None, "tests are skipped without a compiler"
-        super().__init__(cpu.KERNELS, Path(cpu.__file__).parent, found, flags)
+        super().__init__(cpu.KERNELS, sources, found, flags)
         self._copies = folder
 
-    def _built(self, source: str, element: str, stop: Event | None = None) -> Path:
-        return Path(shutil.copy(super()._built(source, element, stop), self._copies))
+    def _built(self, source: str, element: str, stop: Event | None = None, form: str | None = None) -> Path:
+        return Path(shutil.copy(super()._built(source, element, stop, form), self._copies))
 
 
 @lru_cache(maxsize=256)

@@ -2,12 +2,13 @@
 // Regenerate: make generate    Explain: make explain NAME=embedding
 //
 // CPU kernels of specs/ops/embedding.yaml. Support library: runtime/kernels/cpu/sage.h.
-#include "packed.h"
+#include "coded.h"
 #include "sage.h"
 
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using Weight = SAGE_WEIGHT;
 
 // specs/ops/embedding.yaml: embedding
 // Row of the embedding table for every token.
@@ -32,7 +33,7 @@ SAGE_KERNEL(embedding_packed) {
     const int64_t T = sizes[0];
     const int64_t H = sizes[2];
     const int32_t* ids = (const int32_t*)tensors[0];
-    const E* table = (const E*)tensors[1];
+    const Weight* table = (const Weight*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[4];
     parallel_for_rows(T, T * H, [&](int64_t i_T) { unpack_row(y + i_T * y_T, table, ids[i_T], H); });

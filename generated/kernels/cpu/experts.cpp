@@ -9,10 +9,12 @@ namespace sage {
 
 using E = SAGE_ELEMENT;
 using G = SAGE_ELEMENT;
+using Weight = SAGE_WEIGHT;
 
 // specs/hardware/cpu.yaml: cpu, gemm
-static const Microkernel<SAGE_ELEMENT>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
+static const Microkernel<SAGE_ELEMENT, Weight>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, Weight, 6, 4, 6, 1>();
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
+SAGE_EXPORT const char* sage_microkernel() { return MICROKERNEL.name; }
 
 // specs/ops/experts.yaml: router_logits
 // A score per expert for every token, computed and returned in float32, as in DeepSeek V3.
@@ -25,11 +27,11 @@ SAGE_KERNEL(router_logits) {
     const int64_t X = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_T = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     float* logits = (float*)tensors[3];
     const int64_t logits_T = sizes[5];
-    const GemmArgs<E> args = {T, K, X, 1, w};
+    const GemmArgs<E, Weight> args = {T, K, X, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_T) { return x + i_T * x_T; },
         [&](int64_t i_T, auto i_X, const float* sums) {
@@ -106,7 +108,7 @@ SAGE_KERNEL(expert_linear) {
     const int64_t x_T = sizes[5];
     const int32_t* experts = (const int32_t*)tensors[1];
     const int64_t experts_T = sizes[6];
-    const E* w = (const E*)tensors[2];
+    const Weight* w = (const Weight*)tensors[2];
     const E* bias = (const E*)tensors[3];
     const int64_t bias_X = sizes[9];
     E* y = (E*)tensors[4];
@@ -117,7 +119,7 @@ SAGE_KERNEL(expert_linear) {
         const Route route = routes.at(X, row);
         memset(y + route.token * y_T + route.choice * y_A, 0, N * sizeof(E));
     }
-    const GemmArgs<E> args = {0, K, N, 1, w};
+    const GemmArgs<E, Weight> args = {0, K, N, 1, w};
     grouped_gemm(
         MICROKERNEL, TUNING, X, args, [&](int64_t i_X) { return routes.rows(i_X); },
         [&](int64_t i_X, int64_t row) {
@@ -147,7 +149,7 @@ SAGE_KERNEL(expert_down) {
     const int64_t x_A = sizes[6];
     const int32_t* experts = (const int32_t*)tensors[1];
     const int64_t experts_T = sizes[7];
-    const E* w = (const E*)tensors[2];
+    const Weight* w = (const Weight*)tensors[2];
     const E* bias = (const E*)tensors[3];
     const int64_t bias_X = sizes[10];
     E* y = (E*)tensors[4];
@@ -158,7 +160,7 @@ SAGE_KERNEL(expert_down) {
         const Route route = routes.at(X, row);
         memset(y + route.token * y_T + route.choice * y_A, 0, N * sizeof(E));
     }
-    const GemmArgs<E> args = {0, K, N, 1, w};
+    const GemmArgs<E, Weight> args = {0, K, N, 1, w};
     grouped_gemm(
         MICROKERNEL, TUNING, X, args, [&](int64_t i_X) { return routes.rows(i_X); },
         [&](int64_t i_X, int64_t row) {

@@ -8,10 +8,12 @@
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using Weight = SAGE_WEIGHT;
 
 // specs/hardware/cpu.yaml: cpu, gemm
-static const Microkernel<SAGE_ELEMENT>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
+static const Microkernel<SAGE_ELEMENT, Weight>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, Weight, 6, 4, 6, 1>();
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
+SAGE_EXPORT const char* sage_microkernel() { return MICROKERNEL.name; }
 
 // specs/ops/linear.yaml: linear
 // Projection by a weight stored row by output feature, with an optional bias.
@@ -24,11 +26,11 @@ SAGE_KERNEL(linear) {
     const int64_t N = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
-    const GemmArgs<E> args = {R, K, N, 1, w};
+    const GemmArgs<E, Weight> args = {R, K, N, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_N, const float* sums) {
@@ -48,11 +50,11 @@ SAGE_KERNEL(lm_head) {
     const int64_t V = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_S = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     float* logits = (float*)tensors[3];
     const int64_t logits_S = sizes[5];
-    const GemmArgs<E> args = {S, H, V, 1, w};
+    const GemmArgs<E, Weight> args = {S, H, V, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_S) { return x + i_S * x_S; },
         [&](int64_t i_S, auto i_V, const float* sums) {
@@ -73,11 +75,11 @@ SAGE_KERNEL(head_linear) {
     const E* x = (const E*)tensors[0];
     const int64_t x_T = sizes[4];
     const int64_t x_N = sizes[5];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[8];
     const int64_t y_N = sizes[9];
-    const GemmArgs<E> args = {T, K, M, 1, w};
+    const GemmArgs<E, Weight> args = {T, K, M, 1, w};
     grouped_gemm(
         MICROKERNEL, TUNING, N, args, [&](int64_t) { return T; },
         [&](int64_t i_N, int64_t i_T) { return x + i_T * x_T + i_N * x_N; },
@@ -97,11 +99,11 @@ SAGE_KERNEL(linear_silu_mul) {
     const int64_t I = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
-    const GemmArgs<E> args = {R, K, I, 2, w};
+    const GemmArgs<E, Weight> args = {R, K, I, 2, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_I, const float* sums) {
@@ -123,11 +125,11 @@ SAGE_KERNEL(linear_gelu_mul) {
     const int64_t I = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
-    const GemmArgs<E> args = {R, K, I, 2, w};
+    const GemmArgs<E, Weight> args = {R, K, I, 2, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_I, const float* sums) {
@@ -150,11 +152,11 @@ SAGE_KERNEL(linear_gelu_tanh_mul) {
     const int64_t I = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
-    const GemmArgs<E> args = {R, K, I, 2, w};
+    const GemmArgs<E, Weight> args = {R, K, I, 2, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_I, const float* sums) {
@@ -178,11 +180,11 @@ SAGE_KERNEL(linear_gelu) {
     const int64_t N = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
-    const GemmArgs<E> args = {R, K, N, 1, w};
+    const GemmArgs<E, Weight> args = {R, K, N, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_N, const float* sums) {
@@ -204,11 +206,11 @@ SAGE_KERNEL(linear_gelu_tanh) {
     const int64_t N = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
-    const GemmArgs<E> args = {R, K, N, 1, w};
+    const GemmArgs<E, Weight> args = {R, K, N, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_N, const float* sums) {
@@ -231,13 +233,13 @@ SAGE_KERNEL(linear_add) {
     const int64_t N = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_R = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* residual = (const E*)tensors[2];
     const int64_t residual_R = sizes[5];
     const E* bias = (const E*)tensors[3];
     E* y = (E*)tensors[4];
     const int64_t y_R = sizes[6];
-    const GemmArgs<E> args = {R, K, N, 1, w};
+    const GemmArgs<E, Weight> args = {R, K, N, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
         [&](int64_t i_R, auto i_N, const float* sums) {
@@ -258,12 +260,12 @@ SAGE_KERNEL(lm_head_scale) {
     const int64_t V = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_S = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     float* logits = (float*)tensors[3];
     const int64_t logits_S = sizes[5];
     const float factor = (float)attrs[0];
-    const GemmArgs<E> args = {S, H, V, 1, w};
+    const GemmArgs<E, Weight> args = {S, H, V, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_S) { return x + i_S * x_S; },
         [&](int64_t i_S, auto i_V, const float* sums) {
@@ -284,12 +286,12 @@ SAGE_KERNEL(lm_head_soft_cap) {
     const int64_t V = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_S = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     float* logits = (float*)tensors[3];
     const int64_t logits_S = sizes[5];
     const float cap = (float)attrs[0];
-    const GemmArgs<E> args = {S, H, V, 1, w};
+    const GemmArgs<E, Weight> args = {S, H, V, 1, w};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_S) { return x + i_S * x_S; },
         [&](int64_t i_S, auto i_V, const float* sums) {
@@ -310,7 +312,7 @@ SAGE_KERNEL(lm_head_sample) {
     const int64_t V = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_S = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     const float* temperature = (const float*)tensors[3];
     const int32_t* top_k = (const int32_t*)tensors[4];
@@ -320,7 +322,7 @@ SAGE_KERNEL(lm_head_sample) {
     float* logits = (float*)tensors[8];
     const int64_t logits_S = sizes[5];
     int64_t* tokens = (int64_t*)tensors[9];
-    const GemmArgs<E> args = {S, H, V, 1, w};
+    const GemmArgs<E, Weight> args = {S, H, V, 1, w};
     const GemmParts parts = gemm_parts(TUNING, args);
     const SampleEpilogue epilogue(S, parts.columns);
     gemm_by_part(
@@ -350,7 +352,7 @@ SAGE_KERNEL(lm_head_scale_sample) {
     const int64_t V = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_S = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     const float* temperature = (const float*)tensors[3];
     const int32_t* top_k = (const int32_t*)tensors[4];
@@ -361,7 +363,7 @@ SAGE_KERNEL(lm_head_scale_sample) {
     const int64_t logits_S = sizes[5];
     int64_t* tokens = (int64_t*)tensors[9];
     const float factor = (float)attrs[0];
-    const GemmArgs<E> args = {S, H, V, 1, w};
+    const GemmArgs<E, Weight> args = {S, H, V, 1, w};
     const GemmParts parts = gemm_parts(TUNING, args);
     const SampleEpilogue epilogue(S, parts.columns);
     gemm_by_part(
@@ -391,7 +393,7 @@ SAGE_KERNEL(lm_head_soft_cap_sample) {
     const int64_t V = sizes[2];
     const E* x = (const E*)tensors[0];
     const int64_t x_S = sizes[3];
-    const E* w = (const E*)tensors[1];
+    const Weight* w = (const Weight*)tensors[1];
     const E* bias = (const E*)tensors[2];
     const float* temperature = (const float*)tensors[3];
     const int32_t* top_k = (const int32_t*)tensors[4];
@@ -402,7 +404,7 @@ SAGE_KERNEL(lm_head_soft_cap_sample) {
     const int64_t logits_S = sizes[5];
     int64_t* tokens = (int64_t*)tensors[9];
     const float cap = (float)attrs[0];
-    const GemmArgs<E> args = {S, H, V, 1, w};
+    const GemmArgs<E, Weight> args = {S, H, V, 1, w};
     const GemmParts parts = gemm_parts(TUNING, args);
     const SampleEpilogue epilogue(S, parts.columns);
     gemm_by_part(

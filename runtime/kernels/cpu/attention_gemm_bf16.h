@@ -39,7 +39,7 @@ class PairGemms {
   public:
     // Without AMX, blocks of 6 rows by 4 panels: 24 sums, 4 weights and a broadcast value fit into 32 registers.
     PairGemms(int64_t rows, int64_t key_width, int64_t value_width)
-        : microkernel_(select_microkernel<bf16, 6, 4, 4, 2>()), scope_(microkernel_), rows_(rows),
+        : microkernel_(select_microkernel<bf16, bf16, 6, 4, 4, 2>()), scope_(microkernel_), rows_(rows),
           key_width_(key_width), value_width_(value_width), depth_(round_up(key_width, DEPTH)),
           panels_(round_up(value_width, PANEL) / PANEL), is_tiled_(microkernel_.row_step == BLOCK),
           uses_keys_in_place_(is_tiled_ && rows <= BLOCK), weight_row_(is_tiled_ ? DEPTH : KEYS),

@@ -110,7 +110,9 @@ class NativeCallable:
         numbers = [number(op.attr_types[name], value) for name, value in known.attrs.items() if name in op.attr_types]
         element = self.kernel.element_in(known.env) or ELEMENTS[0]
         unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
-        function = kernel_function(self._library.address(op.op, element, unpacks=unpacks))
+        packed = [x for name in self.kernel.packed if isinstance(x := given.get(name), PackedWeight)]
+        form = packed[0].form if packed else None
+        function = kernel_function(self._library.address(op.op, element, unpacks=unpacks, form=form))
         return Signature(
             function, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(numbers))(*numbers), copied, outputs
         )

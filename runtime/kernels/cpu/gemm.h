@@ -21,18 +21,19 @@ struct Tuning {
 };
 
 // The sizes of a GEMM and its weight of `gates` * N features. An element of the output needs the sums of all gates.
-template <class Element>
+template <class Element, class Weight = Element>
 struct GemmArgs {
     int64_t rows, K, N, gates;
-    const Element* w;  // packed
+    const Weight* w;  // packed
+    Panels<Weight> panels = Panels<Weight>::of(w, K);
 
     int64_t columns() const { return round_up(N, PANEL) / PANEL; }  // each has `gates` panels
-    int64_t column_size() const { return gates * panel_size(K); }
+    int64_t column_bytes() const { return gates * panels.bytes; }
 };
 
 // Calls epilogue(row, Block or Tail of features, the sums of each gate) for all results of a block.
-template <class Element, class Epilogue>
-inline void apply_epilogue(const GemmArgs<Element>& args, const float* sums, Range rows, Range columns,
+template <class Element, class Weight, class Epilogue>
+inline void apply_epilogue(const GemmArgs<Element, Weight>& args, const float* sums, Range rows, Range columns,
                            Epilogue&& epilogue) {
     for (int64_t row = rows.first; row < rows.last; ++row)
         for (int64_t column = columns.first; column < columns.last; ++column, sums += args.gates * PANEL) {
@@ -45,29 +46,29 @@ inline void apply_epilogue(const GemmArgs<Element>& args, const float* sums, Ran
 }
 
 // The prefetch of a block that reads its panels once: the same panels, `prefetch_bytes` further on.
-template <class Element>
-inline Prefetch prefetch_own_panels(const Tuning& tuning, const GemmArgs<Element>& args, Range columns) {
-    const int64_t panel = panel_size(args.K) * (int64_t)sizeof(Element);
-    const char* from = (const char*)(args.w + columns.first * args.column_size()) + tuning.prefetch_bytes;
-    return {from, DEPTH * PANEL * (int64_t)sizeof(Element) / 64, columns.count() * args.gates, panel, true};
+template <class Element, class Weight>
+inline Prefetch prefetch_own_panels(const Tuning& tuning, const GemmArgs<Element, Weight>& args, Range columns) {
+    const char* from = args.panels.first + columns.first * args.column_bytes() + tuning.prefetch_bytes;
+    return {from, args.panels.step_bytes / 64, columns.count() * args.gates, args.panels.bytes, true};
 }
 
 // The prefetch of `blocks` blocks that read other panels: the columns of the next chunk, spread evenly over the blocks.
-template <class Element>
-inline Prefetch prefetch_next_chunk(const Tuning& tuning, const GemmArgs<Element>& args, Range columns,
+template <class Element, class Weight>
+inline Prefetch prefetch_next_chunk(const Tuning& tuning, const GemmArgs<Element, Weight>& args, Range columns,
                                     int64_t blocks) {
-    const int64_t lines = columns.count() * args.column_size() * (int64_t)sizeof(Element) / 64;
+    const int64_t lines = columns.count() * args.column_bytes() / 64;
     const int64_t steps = blocks * (round_up(args.K, DEPTH) / DEPTH), each = (lines + steps - 1) / steps;
     const int64_t streams = each < tuning.streams ? (each > 1 ? each : 1) : tuning.streams;
-    const char* from = (const char*)(args.w + columns.first * args.column_size());
+    const char* from = args.panels.first + columns.first * args.column_bytes();
     return {from, (each + streams - 1) / streams, streams, (lines + streams - 1) / streams * 64, false};
 }
 
 // Prepared rows, which have the numbers `rows`, times some columns, chunk by chunk.
-template <class Element, class Epilogue>
-inline void gemm_prepared(const Microkernel<Element>& microkernel, const Tuning& tuning, const GemmArgs<Element>& args,
-                          const void* prepared, Range rows, Range columns, Epilogue&& epilogue) {
-    const int64_t size = args.column_size() * (int64_t)sizeof(Element), steps = round_up(args.K, DEPTH) / DEPTH;
+template <class Element, class Weight, class Epilogue>
+inline void gemm_prepared(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning,
+                          const GemmArgs<Element, Weight>& args, const void* prepared, Range rows, Range columns,
+                          Epilogue&& epilogue) {
+    const int64_t size = args.column_bytes(), steps = round_up(args.K, DEPTH) / DEPTH;
     const bool is_narrow = rows.count() <= microkernel.narrow_rows;
     const int64_t width = (is_narrow ? microkernel.narrow_panels : microkernel.panels) / args.gates;
     const int64_t heights = (rows.count() + microkernel.rows - 1) / microkernel.rows;
@@ -81,8 +82,8 @@ inline void gemm_prepared(const Microkernel<Element>& microkernel, const Tuning&
             const Range part = split_range(rows.count(), microkernel.row_step, h, heights);
             for (int64_t column = from; column < to; column += width) {
                 const Range block = {column, minimum(column + width, to)};
-                microkernel.block(sums, prepared, part.first, part.count(), args.K,
-                                  args.w + column * args.column_size(), block.count() * args.gates,
+                microkernel.block(sums, prepared, part.first, part.count(), args.K, args.panels.at(column * args.gates),
+                                  block.count() * args.gates,
                                   heights == 1 ? prefetch_own_panels(tuning, args, block) : prefetch);
                 prefetch.from += prefetch.lines * steps * 64;
                 apply_epilogue(args, sums, {rows.first + part.first, rows.first + part.last}, block, epilogue);
@@ -92,9 +93,10 @@ inline void gemm_prepared(const Microkernel<Element>& microkernel, const Tuning&
 }
 
 // Some rows times some columns, by one thread. `row_of(i)` is row i of x.
-template <class Element, class RowOf, class Epilogue>
-inline void gemm_range(const Microkernel<Element>& microkernel, const Tuning& tuning, const GemmArgs<Element>& args,
-                       Range rows, Range columns, RowOf&& row_of, Epilogue&& epilogue) {
+template <class Element, class Weight, class RowOf, class Epilogue>
+inline void gemm_range(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning,
+                       const GemmArgs<Element, Weight>& args, Range rows, Range columns, RowOf&& row_of,
+                       Epilogue&& epilogue) {
     const int64_t row_bytes = round_up(args.K, DEPTH) * microkernel.x_element_size;
     const int64_t fitting = round_up(tuning.prepared_bytes / row_bytes + 1, microkernel.rows);
     const int64_t parts = (rows.count() + fitting - 1) / fitting;
@@ -120,8 +122,8 @@ struct GemmParts {
     int64_t rows, columns;
 };
 
-template <class Element>
-inline GemmParts gemm_parts(const Tuning& tuning, const GemmArgs<Element>& args) {
+template <class Element, class Weight>
+inline GemmParts gemm_parts(const Tuning& tuning, const GemmArgs<Element, Weight>& args) {
     const int64_t parts = num_gemm_parts(args.gates * args.N * args.K, args.rows);
     const int64_t row_parts = minimum(parts, args.rows / tuning.rows_per_part + 1);
     return {row_parts, minimum(args.columns(), (parts + row_parts - 1) / row_parts)};
@@ -129,9 +131,10 @@ inline GemmParts gemm_parts(const Tuning& tuning, const GemmArgs<Element>& args)
 
 // One GEMM, in parts that each have some of the rows and some of the columns. The epilogue of a part is
 // epilogue_of(the number of its columns); it receives the blocks of features of a row in order.
-template <class Element, class RowOf, class EpilogueOf>
-inline void gemm_by_part(const Microkernel<Element>& microkernel, const Tuning& tuning, const GemmArgs<Element>& args,
-                         const GemmParts& parts, RowOf&& row_of, EpilogueOf&& epilogue_of) {
+template <class Element, class Weight, class RowOf, class EpilogueOf>
+inline void gemm_by_part(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning,
+                         const GemmArgs<Element, Weight>& args, const GemmParts& parts, RowOf&& row_of,
+                         EpilogueOf&& epilogue_of) {
     if (!args.rows || !args.N) return;
     parallel_for(parts.rows * parts.columns, [&](int64_t part) {
         auto&& epilogue = epilogue_of(part % parts.columns);
@@ -142,9 +145,9 @@ inline void gemm_by_part(const Microkernel<Element>& microkernel, const Tuning& 
     });
 }
 
-template <class Element, class RowOf, class Epilogue>
-inline void gemm(const Microkernel<Element>& microkernel, const Tuning& tuning, const GemmArgs<Element>& args,
-                 RowOf&& row_of, Epilogue&& epilogue) {
+template <class Element, class Weight, class RowOf, class Epilogue>
+inline void gemm(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning,
+                 const GemmArgs<Element, Weight>& args, RowOf&& row_of, Epilogue&& epilogue) {
     gemm_by_part(microkernel, tuning, args, gemm_parts(tuning, args), row_of,
                  [&](int64_t) -> Epilogue& { return epilogue; });
 }
@@ -153,13 +156,13 @@ inline void gemm(const Microkernel<Element>& microkernel, const Tuning& tuning, 
 //
 // Every row is computed once, before its block of rows is multiplied, as all parts of a GEMM read the rows. A block has
 // enough rows for all threads to split them, so that the weight is read as often as without blocks.
-template <class Element, class Prologue, class Epilogue>
-inline void gemm_of_computed_rows(const Microkernel<Element>& microkernel, const Tuning& tuning,
-                                  const GemmArgs<Element>& args, Prologue&& prologue, Epilogue&& epilogue) {
+template <class Element, class Weight, class Prologue, class Epilogue>
+inline void gemm_of_computed_rows(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning,
+                                  const GemmArgs<Element, Weight>& args, Prologue&& prologue, Epilogue&& epilogue) {
     const int64_t block = minimum(args.rows, tuning.rows_per_part * PARTS_PER_THREAD * sage_num_threads());
     Element* x = scratch<Element>(Scratch::COMPUTED_ROWS, block * args.K);
     for (int64_t first = 0; first < args.rows; first += block) {
-        GemmArgs<Element> rest = args;
+        GemmArgs<Element, Weight> rest = args;
         rest.rows = minimum(block, args.rows - first);
         parallel_for_rows(rest.rows, rest.rows * args.K, [&](int64_t row) { prologue(first + row, x + row * args.K); });
         gemm(
@@ -172,17 +175,17 @@ inline void gemm_of_computed_rows(const Microkernel<Element>& microkernel, const
 //
 // `rows_of(group)` is the number of rows of a group; row_of and epilogue take the group before the row. Weights are the
 // work here, as groups have few rows each, so parts split the columns of every group and never the rows.
-template <class Element, class RowsOf, class RowOf, class Epilogue>
-inline void grouped_gemm(const Microkernel<Element>& microkernel, const Tuning& tuning, int64_t groups,
-                         const GemmArgs<Element>& each, RowsOf&& rows_of, RowOf&& row_of, Epilogue&& epilogue) {
-    const int64_t size = each.column_size(), columns = each.columns();
-    const int64_t width = (tuning.chunk_bytes / (int64_t)sizeof(Element) + size - 1) / size;
+template <class Element, class Weight, class RowsOf, class RowOf, class Epilogue>
+inline void grouped_gemm(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning, int64_t groups,
+                         const GemmArgs<Element, Weight>& each, RowsOf&& rows_of, RowOf&& row_of, Epilogue&& epilogue) {
+    const int64_t size = each.column_bytes(), columns = each.columns();
+    const int64_t width = (tuning.chunk_bytes + size - 1) / size;
     const int64_t parts = (columns + width - 1) / width;
     const auto compute = [&](int64_t part) {
         const int64_t group = part / parts;
-        GemmArgs<Element> args = each;
+        GemmArgs<Element, Weight> args = each;
         args.rows = rows_of(group);
-        args.w += group * columns * size;
+        args.panels.first += group * columns * size;
         const MicrokernelScope scope(microkernel);
         gemm_range(
             microkernel, tuning, args, {0, args.rows}, split_range(columns, 1, part % parts, parts),

@@ -1,9 +1,12 @@
-// Selection of the microkernel by instruction set: AMX tiles, else AVX512_BF16, else float32 multiply-adds.
+// Selection of the microkernel by instruction set: AMX tiles, else AVX512_BF16, else float32 multiply-adds. For coded
+// weights AVX512_VNNI, else float32 multiply-adds.
 //
-// SAGELLM_CPU_ISA (amx, avx512_bf16, fp32) requests another one, for tests; what the machine lacks is skipped.
+// SAGELLM_CPU_ISA (amx, avx512_bf16, avx512_vnni, fp32) requests another one, for tests; what the machine lacks is
+// skipped.
 #pragma once
 
 #include "microkernel_amx.h"
+#include "microkernel_coded.h"
 #include "microkernel_vector.h"
 
 namespace sage {
@@ -13,13 +16,24 @@ inline bool allows(const char* name) {
     return !requested || !*requested || !strcmp(requested, name);
 }
 
-template <class Element, int ROWS, int PANELS>
+template <class Element, class Weight, int ROWS, int PANELS>
 struct MicrokernelFor {
-    static const Microkernel<Element>& select() { return vectors::FLOAT_MICROKERNEL<Element, ROWS, PANELS>; }
+    static const Microkernel<Element, Weight>& select() {
+        if constexpr (IsCoded<Weight>::value) {
+#if defined(__AVX512VNNI__)
+            if constexpr (sizeof(Element) == 2)
+                if (allows("amx") || allows("avx512_bf16") || allows("avx512_vnni"))
+                    return coded::INTEGER_MICROKERNEL<Element, Weight>;
+#endif
+            return coded::FLOAT_MICROKERNEL < Element, Weight, 4, vectors::WIDTH == PANEL ? 2 : 1 > ;
+        } else {
+            return vectors::FLOAT_MICROKERNEL<Element, ROWS, PANELS>;
+        }
+    }
 };
 
 template <int ROWS, int PANELS>
-struct MicrokernelFor<bf16, ROWS, PANELS> {
+struct MicrokernelFor<bf16, bf16, ROWS, PANELS> {
     static const Microkernel<bf16>& select() {
 #if defined(SAGE_AMX)
         if (allows("amx") && amx::is_permitted()) return amx::MICROKERNEL;
@@ -33,11 +47,12 @@ struct MicrokernelFor<bf16, ROWS, PANELS> {
 
 // The microkernel of this machine, selected once per library. A block is ROWS by PANELS in registers of 16 floats, and
 // SHORT_ROWS by SHORT_PANELS in shorter ones: all its sums have to fit into the registers.
-template <class Element, int ROWS, int PANELS, int SHORT_ROWS, int SHORT_PANELS>
-inline const Microkernel<Element>& select_microkernel() {
+template <class Element, class Weight, int ROWS, int PANELS, int SHORT_ROWS, int SHORT_PANELS>
+inline const Microkernel<Element, Weight>& select_microkernel() {
     constexpr bool IS_FULL = vectors::WIDTH == PANEL;
     constexpr int MAX_ROWS = IS_FULL ? ROWS : SHORT_ROWS, MAX_PANELS = IS_FULL ? PANELS : SHORT_PANELS;
-    static const Microkernel<Element>& selected = MicrokernelFor<Element, MAX_ROWS, MAX_PANELS>::select();
+    static const Microkernel<Element, Weight>& selected =
+        MicrokernelFor<Element, Weight, MAX_ROWS, MAX_PANELS>::select();
     return selected;
 }
 

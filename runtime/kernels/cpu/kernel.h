@@ -3,6 +3,11 @@
 
 #include "loops.h"
 
+// The stored form of GEMM weights: the element type, or codes (coded.h) if the file is compiled for them.
+#if !defined(SAGE_WEIGHT)
+#define SAGE_WEIGHT SAGE_ELEMENT
+#endif
+
 // All kernels have this signature; the symbol is `sage_` and the op's name.
 //   tensors  inputs, then outputs, in spec order; null for an absent one
 //   sizes    R (the leading dims) if there are any, the op's dims, then for each tensor its strides, in elements,

@@ -33,7 +33,7 @@ inline void prefetch_step(Prefetch& prefetch) {
     prefetch.from += prefetch.lines * 64;
 }
 
-template <class Element>
+template <class Element, class Weight = Element>
 struct Microkernel {
     int64_t rows, panels;                // of a block, at most
     int64_t narrow_rows, narrow_panels;  // of a block of a GEMM with at most `narrow_rows` rows
@@ -43,24 +43,25 @@ struct Microkernel {
     void (*end)();                       // and after its last
     void (*prepare)(void* prepared, const Element* const* x, int64_t rows, int64_t K);
     // sums[rows][panels][PANEL] of the prepared rows from `first` on, and of the panels from w on
-    void (*block)(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, const Element* w,
-                  int64_t panels, Prefetch prefetch);
+    void (*block)(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K,
+                  typename Panels<Weight>::At w, int64_t panels, Prefetch prefetch);
+    const char* name;
 };
 
 inline void do_nothing() {}
 
 // Calls `begin`, and `end` when it leaves its scope, also by an exception.
-template <class Element>
+template <class Element, class Weight>
 class MicrokernelScope {
   public:
-    explicit MicrokernelScope(const Microkernel<Element>& microkernel) : microkernel_(microkernel) {
+    explicit MicrokernelScope(const Microkernel<Element, Weight>& microkernel) : microkernel_(microkernel) {
         microkernel_.begin();
     }
     ~MicrokernelScope() { microkernel_.end(); }
     MicrokernelScope(const MicrokernelScope&) = delete;
 
   private:
-    const Microkernel<Element>& microkernel_;
+    const Microkernel<Element, Weight>& microkernel_;
 };
 
 }  // namespace sage

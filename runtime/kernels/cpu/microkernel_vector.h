@@ -191,17 +191,18 @@ struct Blocks {
 };
 
 template <class Element, class Prepare, class Block>
-constexpr Microkernel<Element> vector_microkernel(int rows, int panels, size_t x_size, Prepare prepare, Block block) {
-    return {rows, panels, rows, panels, 1, (int64_t)x_size, do_nothing, do_nothing, prepare, block};
+constexpr Microkernel<Element> vector_microkernel(int rows, int panels, size_t x_size, Prepare prepare, Block block,
+                                                  const char* name) {
+    return {rows, panels, rows, panels, 1, (int64_t)x_size, do_nothing, do_nothing, prepare, block, name};
 }
 
 template <class Element, int ROWS, int PANELS>
 constexpr Microkernel<Element> FLOAT_MICROKERNEL = vector_microkernel<Element>(
-    ROWS, PANELS, sizeof(float), prepare<Element>, Blocks<Element, FloatBlock, ROWS, PANELS>::block);
+    ROWS, PANELS, sizeof(float), prepare<Element>, Blocks<Element, FloatBlock, ROWS, PANELS>::block, "float32");
 #if defined(__AVX512BF16__)
 template <int ROWS, int PANELS>
-constexpr Microkernel<bf16> PAIR_MICROKERNEL =
-    vector_microkernel<bf16>(ROWS, PANELS, sizeof(bf16), prepare_pairs, Blocks<bf16, PairBlock, ROWS, PANELS>::block);
+constexpr Microkernel<bf16> PAIR_MICROKERNEL = vector_microkernel<bf16>(
+    ROWS, PANELS, sizeof(bf16), prepare_pairs, Blocks<bf16, PairBlock, ROWS, PANELS>::block, "AVX512_BF16");
 #endif
 
 }  // namespace vectors

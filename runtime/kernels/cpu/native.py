@@ -35,8 +35,8 @@ class NativeRunner:
         self.copy_address = _address(runner, "sage_gather_rows")
         self.poison_address = _address(runner, "sage_poison")
 
-    def prepare(self, ops: Iterable[str], element: str) -> None:
-        """Builds the files of the ops, several at a time. Raises CompileError."""
+    def prepare(self, ops: Iterable[str], element: str, form: str | None = None) -> None:
+        """Builds the files of the ops, several at a time, for weights of a form. Raises CompileError."""
         if element not in ELEMENTS:
             return
         by_library: dict[int, tuple[Library, list[str]]] = {}
@@ -44,7 +44,7 @@ class NativeRunner:
             if (home := self._homes.get(op)) is not None:
                 by_library.setdefault(id(home), (home, []))[1].append(op)
         for home, own in by_library.values():
-            home.prepare(own, element)
+            home.prepare(own, element, form)
 
     def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
         """The reason why the kernel cannot be used for an element type and these attrs, or None."""
@@ -55,9 +55,12 @@ class NativeRunner:
             return f"no memory is shared with rank {attrs['peer']} of {attrs['group']}"
         return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
 
-    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
-        """The address of the op's function, or of the one that reads its table packed. May raise CompileError."""
-        return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks)
+    def address(self, op: str, element: str | None, *, unpacks: bool = False, form: str | None = None) -> int:
+        """The address of the op's function for weights of a form, or of the one that reads its table packed.
+
+        May raise CompileError.
+        """
+        return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks, form=form)
 
     def run(self, calls: int, first: int, end: int, num_streams: int, stamps: int = 0) -> None:
         """Makes calls `first` to `end` of the list at the address `calls`, on as many threads as torch uses.

@@ -31,6 +31,21 @@ inline int64_t packed_size(int64_t gates, int64_t N, int64_t K) {
     return gates * (round_up(N, PANEL) / PANEL) * panel_size(K);
 }
 
+// The panels of a packed weight, which the GEMM takes one after another. `At` is what a microkernel knows of the first
+// panel of a block. Coded weights (coded.h) have panels of another size.
+template <class Weight>
+struct Panels {
+    using At = const Weight*;
+    const char* first;
+    int64_t bytes;       // of a panel
+    int64_t step_bytes;  // of DEPTH elements along K
+
+    static Panels of(const Weight* w, int64_t K) {
+        return {(const char*)w, panel_size(K) * (int64_t)sizeof(Weight), DEPTH * PANEL * (int64_t)sizeof(Weight)};
+    }
+    At at(int64_t panel) const { return (const Weight*)(first + panel * bytes); }
+};
+
 // Transposes groups k to `stop` of up to 16 rows. Rows beyond `rows` are zero.
 template <class Element>
 inline void pack_groups(Element* panel, const Element* w, int64_t stride, int64_t rows, int64_t k, int64_t stop) {

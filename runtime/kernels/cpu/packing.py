@@ -27,17 +27,20 @@ DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 class PackedWeight:
     """A weight [gates * N, K], or [groups, gates * N, K]. It has the tensor methods that a kernel call uses.
 
-    A staged weight is valid only in the part of each step that follows its load.
+    A staged weight is valid only in the part of each step that follows its load. A weight of codes has a `form`
+    (`coded.py`), bytes as values, and the element type `element` for the ops that read it.
     """
 
     values: Tensor
     shape: torch.Size
     gates: int
     is_staged: bool = False
+    form: str | None = None
+    element: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        return self.element or self.values.dtype
 
     @property
     def device(self) -> torch.device:

@@ -8,10 +8,12 @@
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using Weight = SAGE_WEIGHT;
 
 // specs/hardware/cpu.yaml: cpu, gemm
-static const Microkernel<SAGE_ELEMENT>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
+static const Microkernel<SAGE_ELEMENT, Weight>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, Weight, 6, 4, 6, 1>();
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
+SAGE_EXPORT const char* sage_microkernel() { return MICROKERNEL.name; }
 
 // row_prologue/spec.yaml: add_norm_linear
 // The rows of the norm are scratch memory of a block of rows; their residual sum is an output.
@@ -28,12 +30,12 @@ SAGE_KERNEL(add_norm_linear) {
     const E* residual = (const E*)tensors[1];
     const int64_t residual_T = sizes[4];
     const E* w = (const E*)tensors[2];
-    const E* m = (const E*)tensors[3];
+    const Weight* m = (const Weight*)tensors[3];
     E* y = (E*)tensors[4];
     const int64_t y_T = sizes[6];
     E* h = (E*)tensors[5];
     const int64_t h_T = sizes[7];
-    const GemmArgs<E> args = {T, K, N, 1, m};
+    const GemmArgs<E, Weight> args = {T, K, N, 1, m};
     gemm_of_computed_rows(
         MICROKERNEL, TUNING, args,
         [&](int64_t i_T, E* n) {
@@ -71,7 +73,7 @@ SAGE_KERNEL(norm_head_linear) {
     const E* x = (const E*)tensors[0];
     const int64_t x_T = sizes[4];
     const int64_t x_N = sizes[5];
-    const E* m = (const E*)tensors[1];
+    const Weight* m = (const Weight*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[8];
     const int64_t y_N = sizes[9];
@@ -90,7 +92,7 @@ SAGE_KERNEL(norm_head_linear) {
             store(n + i_T * (K * N) + i_N * K, i_K, to<E>(xf / maximum(length, 1e-12f)));
         });
     });
-    const GemmArgs<E> args = {T, K, M, 1, m};
+    const GemmArgs<E, Weight> args = {T, K, M, 1, m};
     grouped_gemm(
         MICROKERNEL, TUNING, N, args, [&](int64_t) { return T; },
         [&](int64_t i_N, int64_t i_T) { return n + i_T * (K * N) + i_N * K; },
@@ -112,7 +114,7 @@ SAGE_KERNEL(add_linear) {
     const int64_t x_T = sizes[3];
     const E* residual = (const E*)tensors[1];
     const int64_t residual_T = sizes[4];
-    const E* m = (const E*)tensors[2];
+    const Weight* m = (const Weight*)tensors[2];
     E* y = (E*)tensors[3];
     const int64_t y_T = sizes[6];
     E* h = (E*)tensors[4];
@@ -122,7 +124,7 @@ SAGE_KERNEL(add_linear) {
             store(h + i_T * h_T, i_K, to<E>(load(x + i_T * x_T, i_K) + load(residual + i_T * residual_T, i_K)));
         });
     });
-    const GemmArgs<E> args = {T, K, N, 1, m};
+    const GemmArgs<E, Weight> args = {T, K, N, 1, m};
     gemm(
         MICROKERNEL, TUNING, args, [&](int64_t i_T) { return h + i_T * h_T; },
         [&](int64_t i_T, auto i_N, const float* sums) {
