@@ -7,6 +7,7 @@ from math import prod
 from sageLLM.codegen.model.format import (
     Binary,
     Bits,
+    Codes,
     Concat,
     Constant,
     FormatDef,
@@ -31,19 +32,72 @@ class FormatText:
     """The function of one format: its arguments, its lines and its result."""
 
     format: FormatDef
+    codes: Codes | None = None
 
     @property
     def sizes(self) -> list[str]:
         """The numbers that the function takes: dims, and sizes without a constant."""
-        used = [*self.format.weight, *(name for name, size in self.format.spec.sizes.items() if isinstance(size, str))]
-        body = "\n".join([*self.lines, self.result])
-        return [name for name in used if _occurs(name, body)]
+        return self._sizes("\n".join([*self.lines, self.result]))
 
     @property
     def constants(self) -> list[tuple[str, int]]:
         """Sizes with a constant that the function uses."""
-        body = "\n".join([*self.lines, self.result])
+        return self._constants("\n".join([*self.lines, self.result]))
+
+    @property
+    def code_sizes(self) -> list[str]:
+        """The numbers that the function of the codes takes."""
+        return self._sizes("\n".join([*self.code_lines, *self.code_results]))
+
+    @property
+    def code_constants(self) -> list[tuple[str, int]]:
+        """Sizes with a constant that the function of the codes uses."""
+        return self._constants("\n".join([*self.code_lines, *self.code_results]))
+
+    def _sizes(self, body: str) -> list[str]:
+        used = [*self.format.weight, *(name for name, size in self.format.spec.sizes.items() if isinstance(size, str))]
+        return [name for name in used if _occurs(name, body)]
+
+    def _constants(self, body: str) -> list[tuple[str, int]]:
         return [(n, s) for n, s in self.format.spec.sizes.items() if isinstance(s, int) and _occurs(n, body)]
+
+    @property
+    def code_lines(self) -> list[str]:
+        """Assignments before the codes: those of the value that the codes use. Floats keep their type."""
+        text = "\n".join(self.code_results)
+        found: list[str] = []
+        for line in reversed(self.lines):
+            name = line.split(" = ")[0]
+            if _occurs(name, text):
+                line = line.replace(".to(of)", "")
+                found = [line, *found] if line != f"{name} = {name}" else found
+                text = f"{line}\n{text}"
+        return found
+
+    @property
+    def code_results(self) -> list[str]:
+        """Codes and scales, and zeros if there are any: [N, K] and [N, groups], or [E, N, ...]."""
+        assert self.codes is not None, "the format has codes"
+        zeros = [] if self.codes.zeros is None else [self._part(self.codes.zeros)]
+        return [self._part(self.codes.codes), self._part(self.codes.scales), *zeros]
+
+    def uses(self, name: str) -> bool:
+        """Whether the function of the codes uses a name."""
+        return _occurs(name, "\n".join([*self.code_lines, *self.code_results]))
+
+    def _part(self, value: Value) -> str:
+        text, strength = self._text(value)
+        if isinstance(value, Constant) or not value.dims:
+            return text.replace(", of)", ", torch.float32)")
+        dims = [extent.dim for extent in value.dims]
+        if (inner := self.format.inner) in dims:
+            text, strength, dims = f"joined({text}, {dims.index(inner) - 1}, K)", _ATOM, [d for d in dims if d != inner]
+        wanted = [dim for dim in ("E", "N", "K") if dim in dims]
+        text = text.replace(", of)", ", torch.float32)")
+        if dims == wanted:
+            return text
+        text = text if strength == _ATOM else f"({text})"
+        return f"{text}.T" if len(dims) == 2 else f"{text}.permute({', '.join(str(dims.index(d)) for d in wanted)})"
 
     @property
     def fields(self) -> list[tuple[str, str]]:

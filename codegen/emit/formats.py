@@ -7,6 +7,7 @@ from typing import Any
 from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.emit.docs import _cell, _code, page, table
 from sageLLM.codegen.emit.format_text import FormatText
+from sageLLM.codegen.kernel.codes import codes_of
 from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header
@@ -55,13 +56,15 @@ class FormatView:
 def emit_method(method: MethodDef, renderer: Renderer, *, is_overlay: bool) -> list[Output]:
     """`formats/awq.py` with `AWQ = QuantMethod(...)`, `formats/values/awq.py` with a function per format, the page."""
     spec, ref = method.spec, method.entry.ref
-    formats = [FormatView(one, FormatText(one)) for one in method.formats]
+    formats = [FormatView(one, FormatText(one, codes_of(one))) for one in method.formats]
     fields = {"groups": spec.groups, "skip": tuple(spec.skip), "keys": tuple(spec.keys)}
     fields = {name: value for name, value in fields.items() if value}
     about = header(method.entry.doc.file, method.name)
     declared = renderer.render("format.py.jinja", method=method, formats=formats, fields=fields)
     helpers = BASE if is_overlay else ".algebra"
-    names = sorted(one.name for one in method.formats)  # as ruff orders `__all__`
+    names = sorted(
+        [one.name for one in method.formats] + [f"{one.format.name}_codes" for one in formats if one.text.codes]
+    )  # as ruff orders `__all__`
     values = renderer.render("format_values.py.jinja", method=method, formats=formats, names=names, helpers=helpers)
     return [
         Output(f"{FOLDER}/{method.name}.py", about + declared, (ref,)),

@@ -158,6 +158,22 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """The parts of a value (codes - zeros) * scales: `zeros` and `scales` have an element per group of inputs.
+
+    `kind` is the width of the codes, as a number or the name of a size, `i8` or `u8` for bytes, or `fp4`. `group` is a
+    number or a size, empty for all inputs. `index` is the stored tensor with the group of each input, if there is one.
+    """
+
+    kind: str
+    group: str
+    codes: Value
+    zeros: Value | None
+    scales: Value
+    index: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class FormatDef:
     """A format. `dims` is the order of dims in the computation, `weight` that of the result."""
 

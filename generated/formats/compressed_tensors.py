@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=compressed_tensors
 """Checkpoints of the compressed-tensors library, which llm-compressor and `sagellm quantize` write."""
 
-from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -40,6 +40,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"b": "weights.num_bits", "G": "weights.group_size"},
             unused=("weight_shape",),
+            codes=Codes("b", "G", ""),
             tensors=(
                 StoredPart(
                     "weight_packed",
@@ -73,6 +74,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"b": "weights.num_bits", "G": "weights.group_size"},
             unused=("weight_shape",),
+            codes=Codes("b", "G", ""),
             tensors=(
                 StoredPart(
                     "weight_packed",
@@ -113,6 +115,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"G": "weights.group_size"},
             unused=("input_scale", "input_zero_point"),
+            codes=Codes("i8", "G", ""),
             tensors=(
                 StoredPart(
                     "weight",
@@ -144,6 +147,7 @@ COMPRESSED_TENSORS = QuantMethod(
                 "weights.strategy": ("tensor",),
             },
             unused=("input_scale", "input_zero_point"),
+            codes=Codes("i8", "", ""),
             tensors=(
                 StoredPart(
                     "weight",

@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=gguf
 """Types of tensors in GGUF files, as ggml defines them."""
 
-from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
 
 __all__ = ["GGUF"]
 
@@ -73,6 +73,7 @@ GGUF = QuantMethod(
             when={"type": (8,)},
             sizes={"B": 32},
             block_bytes=34,
+            codes=Codes("i8", "32", ""),
             tensors=(
                 StoredPart(
                     "d",
@@ -100,6 +101,7 @@ GGUF = QuantMethod(
             when={"type": (2,)},
             sizes={"B": 32},
             block_bytes=18,
+            codes=Codes("4", "32", ""),
             tensors=(
                 StoredPart(
                     "d",

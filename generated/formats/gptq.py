@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=gptq
 """Groups of 4 or 8 bits, packed along the inputs (Frantar et al., arXiv 2210.17323)."""
 
-from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
 
 __all__ = ["GPTQ"]
 
@@ -47,6 +47,7 @@ GPTQ = QuantMethod(
             weight=("N", "K"),
             when={"bits": (4, 8), "checkpoint_format|format": ("gptq", None), "dynamic": (None,)},
             sizes={"b": "bits", "G": "group_size"},
+            codes=Codes("b", "G", "g_idx"),
             tensors=(
                 StoredPart(
                     "qweight",
@@ -81,6 +82,7 @@ GPTQ = QuantMethod(
             weight=("N", "K"),
             when={"bits": (4, 8), "checkpoint_format|format": ("gptq_v2",), "dynamic": (None,)},
             sizes={"b": "bits", "G": "group_size"},
+            codes=Codes("b", "G", "g_idx"),
             tensors=(
                 StoredPart(
                     "qweight",

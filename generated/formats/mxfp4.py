@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=mxfp4
 """Experts in microscaling FP4 (OCP MX 1.0), as in gpt-oss."""
 
-from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
 
 __all__ = ["MXFP4"]
 
@@ -20,6 +20,7 @@ MXFP4 = QuantMethod(
             sizes={"B": 32},
             suffix="",
             separator="_",
+            codes=Codes("fp4", "32", ""),
             tensors=(
                 StoredPart(
                     "blocks",

@@ -182,7 +182,7 @@ def graph(
 @app.command()
 @with_engine_options()
 def run(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
+    model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder, or a GGUF file.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; can be repeated.")],
     max_tokens: Annotated[int, typer.Option(help="Length of the longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -194,6 +194,9 @@ def run(
     hardware: Annotated[
         str | None, typer.Option(help="Limits for the profile: a device or a .yaml file (default: measured now).")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the kernel of each form of weights, and why.")
+    ] = False,
     *,
     engine: EngineOptions,
 ) -> None:
@@ -210,6 +213,7 @@ def run(
         as_json=json,
         profile=profile,
         hardware=hardware,
+        verbose=verbose,
     )
     raise typer.Exit(run_prompts(request))
 

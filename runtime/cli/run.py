@@ -29,12 +29,14 @@ class RunRequest:
     as_json: bool
     profile: bool = False
     hardware: str | None = None
+    verbose: bool = False
 
 
 def run_prompts(request: RunRequest) -> int:
     """Prints the completions to stdout. Errors go to stderr, with exit code 1, also if only one prompt has failed.
 
-    With `profile`, the time of each op, its fraction of the machine's limit, and the io of tiers are printed to stderr.
+    With `profile`, the time of each op, its fraction of the machine's limit, and the io of tiers are printed to stderr;
+    with `verbose`, the weights by form and kernel.
     """
     try:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
@@ -42,6 +44,8 @@ def run_prompts(request: RunRequest) -> int:
         print(llm.kv_cache_size, file=sys.stderr)
         if llm.compiler.weight_stream is not None:
             print(llm.compiler.weight_stream, file=sys.stderr)
+        for one in llm.weight_stats() if request.verbose else ():
+            print(one, file=sys.stderr)
         if request.profile:
             outputs = _generate_profiled(llm, request, params)
         else:

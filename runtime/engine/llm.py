@@ -47,7 +47,9 @@ from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
 from sageLLM.runtime.engine.start import start_engine
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
+from sageLLM.runtime.executor.kernel_choice import reads_codes
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
+from sageLLM.runtime.executor.weight_stats import WeightStats, weight_stats
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import load_model
@@ -234,6 +236,7 @@ class LLM:
                 expert_parallel=enable_expert_parallel,
                 has_weights=self._backend == "uni",
                 is_streamed=weights.tier == "disk",
+                keeps_codes=reads_codes(kernels, torch_device),
             )
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
@@ -341,6 +344,14 @@ class LLM:
     def kernel_stats(self) -> list[KernelStats]:
         """For each graph that has run so far: its native calls, and its calls in Python with the reasons."""
         return list(self.compiler.planner.stats)
+
+    def weight_stats(self) -> list[WeightStats]:
+        """The matrices of the model by form, the kernels that read them, and why others were dequantised.
+
+        Empty if worker processes run the model.
+        """
+        model = self.model
+        return weight_stats(model.weights, model.ties, self.compiler.planner, model.dequantized)
 
     def io_stats(self, hardware: Hardware | None = None) -> list[IoReport]:
         """For each graph with transfers between tiers: the part of their time in which kernels ran as well.

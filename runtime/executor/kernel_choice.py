@@ -67,6 +67,11 @@ def native_callables(registry: Registry) -> dict[str, Kernel]:
     return found
 
 
+def reads_codes(choice: str, device: torch.device) -> bool:
+    """Whether the planner of a choice has kernels for weights of small codes."""
+    return device.type == "cpu" and choice in ("auto", "cpu")
+
+
 def make_runner(registry: Registry) -> NativeRunner:
     """The runner of the native kernels of the package and of plugins.
 

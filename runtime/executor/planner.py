@@ -15,11 +15,13 @@ from sageLLM.runtime.executor.device_api import DeviceApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.recorder import StepRecorder
-from sageLLM.runtime.executor.native.weights import Weight, gates_of, pack_weights
+from sageLLM.runtime.executor.native.weights import Weight, decode_weights, gates_of, pack_weights
 from sageLLM.runtime.executor.torch_plan import Plan
+from sageLLM.runtime.kernels.cpu.coded import unpacked
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
+from sageLLM.runtime.kernels.cpu.library import ELEMENTS
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack, unpack
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack
 from sageLLM.runtime.kernels.triton import why_references
 
 KernelChoice: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
@@ -61,6 +63,9 @@ class Planner(Protocol):
     ) -> None:
         """Replaces a model's weights by the form that the kernels of these graphs read."""
 
+    def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
+        """The kernels of GEMMs by the form of codes; None for floats."""
+
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         """The gates of the weights that the kernels of these graphs read packed."""
 
@@ -95,7 +100,11 @@ class TorchPlanner:
     def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
     ) -> None:
-        """Does nothing: torch reads weights in their declared form."""
+        """Decodes codes: torch reads weights in their declared form."""
+        decode_weights(weights, ties)
+
+    def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
+        return {}
 
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         return {}
@@ -145,13 +154,19 @@ class NativePlanner:
 
         The order matters: a compiler that fails must leave the weights in the form that the references read.
         """
-        if self._fallback is not None:
-            return
-        try:
-            runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
-            pack_weights(weights, ties, graphs, runner)
-        except CompileError as error:
-            self._fall_back(error)
+        if self._fallback is None:
+            try:
+                runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
+                pack_weights(weights, ties, graphs, runner)
+            except CompileError as error:
+                self._fall_back(error)
+        decode_weights(weights, ties)
+
+    def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
+        if self._runner is None or self._fallback is not None or self._dtype not in ELEMENTS:
+            return {}
+        library = self._runner.library
+        return {form: f"C++, {library.microkernel('linear', self._dtype, form)}" for form in forms}
 
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         if self._fallback is None:
@@ -175,7 +190,7 @@ class NativePlanner:
         assert self._fallback is not None, "_fall_back sets the fallback planner"
         # The weights are packed already if the first kernel that fails belongs to a graph made after loading.
         packed = {name: x for name in graph.weights if isinstance(x := bound[name], PackedWeight)}
-        return self._fallback.plan(graph, {**bound, **{name: unpack(x) for name, x in packed.items()}})
+        return self._fallback.plan(graph, {**bound, **{name: unpacked(x) for name, x in packed.items()}})
 
     def _fall_back(self, error: CompileError) -> None:
         LOG.warning("the slower torch references run instead of the CPU kernels: %s", error)

@@ -26,9 +26,9 @@ def dequantize(
     """
     weight = torch.empty([sizes[dim] for dim in format.weight], dtype=dtype)
     used = signature(values).parameters.keys() & sizes.keys()
-    for ranges in _chunks(format, sizes):
+    for ranges in chunks(format, sizes):
         own = {**sizes, **{dim: high - low for dim, (low, high) in ranges.items()}}
-        parts = [_part(one, stored[one.name], sizes, ranges) for one in format.tensors]
+        parts = [part_of(one, stored[one.name], sizes, ranges) for one in format.tensors]
         target = weight
         for axis, dim in enumerate(format.weight):
             low, high = ranges.get(dim, (0, sizes[dim]))
@@ -37,7 +37,7 @@ def dequantize(
     return weight
 
 
-def _chunks(format: Format, sizes: Mapping[str, int]) -> Iterator[Ranges]:
+def chunks(format: Format, sizes: Mapping[str, int]) -> Iterator[Ranges]:
     """Ranges of rows [N] and single experts [E]; all stored tensors can be cut there."""
     granules = [extent.granule(sizes) for one in format.tensors for extent in one.dims if extent.dim == "N"]
     granule = max(granules, default=1)
@@ -50,7 +50,7 @@ def _chunks(format: Format, sizes: Mapping[str, int]) -> Iterator[Ranges]:
             yield {**rows, "E": (expert, expert + 1)}
 
 
-def _part(part: StoredPart, tensor: Tensor, sizes: Mapping[str, int], ranges: Ranges) -> Tensor:
+def part_of(part: StoredPart, tensor: Tensor, sizes: Mapping[str, int], ranges: Ranges) -> Tensor:
     """The elements of a stored tensor for ranges of dims."""
     for axis, extent in enumerate(part.dims):
         if extent.dim in ranges:

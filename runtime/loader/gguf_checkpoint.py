@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
+from sageLLM.runtime.loader.codes import coded, why_not_coded
 from sageLLM.runtime.loader.dequantize import dequantize
 from sageLLM.runtime.loader.gguf_architectures import ROPE_FACTORS, architecture_of, names_of
 from sageLLM.runtime.loader.gguf_reader import GgufHeader, GgufTensor, read_gguf_header
@@ -40,7 +43,7 @@ class GgufCheckpoint(Checkpoint):
     Raises CheckpointError for a tensor of a type without a format, and one that is outside of the file.
     """
 
-    def __init__(self, header: GgufHeader, method: QuantMethod, values: Mapping[str, Callable[..., Tensor]]) -> None:
+    def __init__(self, header: GgufHeader, method: QuantMethod, values: Mapping[str, Callable[..., Any]]) -> None:
         self._values = values
         self._data = np.memmap(header.path, np.uint8, "r")
         formats: dict[object, Format] = {kind: one for one in method.formats for kind in one.when["type"]}
@@ -56,6 +59,27 @@ class GgufCheckpoint(Checkpoint):
         """The tensor in `dtype`, by default float32."""
         self.info(name)
         source = self._sources[name]
+        format, blocks, sizes = self._blocks(source)
+        found = dequantize(format, self._values[format.name], blocks, sizes, dtype or torch.float32)
+        found = found.view(source.shape)
+        found = _unpermuted(found, source.num_heads) if source.num_heads else found
+        return found if rows is None else found[rows]
+
+    def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
+        source = self._sources[name]
+        if len(source.shape) != 2 or source.format.sizes["B"] == 1:
+            return None
+        format, blocks, sizes = self._blocks(source)
+        if (reason := why_not_coded(format, blocks, sizes)) is not None:
+            return reason
+        found = coded(format, self._values[f"{format.name}_codes"], blocks, sizes, dtype)
+        if not source.num_heads:
+            return found
+        words, scales = (_unpermuted(one, source.num_heads) for one in (found.words, found.scales))
+        return replace(found, words=words, scales=scales)
+
+    def _blocks(self, source: _Source) -> tuple[Format, dict[str, Tensor], dict[str, int]]:
+        """The format of the blocks as one stored tensor, this tensor, and its sizes."""
         width = source.shape[-1]
         sizes = {"N": prod(source.shape[:-1]), "K": width, "B": int(source.format.sizes["B"])}
         row_bytes = width // sizes["B"] * (source.format.block_bytes or 0)
@@ -63,17 +87,13 @@ class GgufCheckpoint(Checkpoint):
         # A private mapping would be writable; nothing writes to this one.
         raw = torch.from_numpy(np.array(self._data[start : start + sizes["N"] * row_bytes], copy=True))
         blocks = raw.view(sizes["N"], -1, source.format.block_bytes or 1)
-        format = replace(source.format, tensors=(_BLOCKS,))
-        found = dequantize(format, self._values[format.name], {"blocks": blocks}, sizes, dtype or torch.float32)
-        found = found.view(source.shape)
-        found = _unpermuted(found, source.num_heads) if source.num_heads else found
-        return found if rows is None else found[rows]
+        return replace(source.format, tensors=(_BLOCKS,)), {"blocks": blocks}, sizes
 
     def close(self) -> None:
         """Nothing: the mapping lives as long as this object."""
 
 
-def open_gguf(path: Path, method: QuantMethod, values: Mapping[str, Callable[..., Tensor]]) -> GgufCheckpoint:
+def open_gguf(path: Path, method: QuantMethod, values: Mapping[str, Callable[..., Any]]) -> GgufCheckpoint:
     return GgufCheckpoint(read_gguf_header(path), method, values)
 
 

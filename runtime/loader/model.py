@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -29,7 +29,7 @@ from sageLLM.runtime.loader.quantized_checkpoint import QuantizedCheckpoint
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.loader.stage_weights import weights_of_stage
 from sageLLM.runtime.loader.tables import PositionTables
-from sageLLM.runtime.loader.weights import have_equal_values, load_weights
+from sageLLM.runtime.loader.weights import have_equal_values, load_coded_weights, load_weights
 from sageLLM.runtime.registry.plugins import Registry
 
 MAX_POSITIONS = 2**24
@@ -57,7 +57,8 @@ class Model:
     `max_model_len` is the length of the longest sequence, prompt and answer. `weights` are those of the layers of
     `pipeline_stage`, and of what precedes or follows the layers on the first and the last stage. `absent` are the
     weights of a head that the checkpoint lacks; such a model can only compute embeddings. `share` describes the
-    weights, also if they are to be read from a file in each step.
+    weights, also if they are to be read from a file in each step. `dequantized` has the reasons for quantised weights
+    that no kernel reads as codes.
     """
 
     layout: ModelLayout
@@ -70,6 +71,7 @@ class Model:
     absent: tuple[str, ...] = ()
     pipeline_stage: PipelineStage = WHOLE
     share: WeightShare = NO_WEIGHTS
+    dequantized: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def generates(self) -> bool:
@@ -116,13 +118,15 @@ def load_model(
     expert_parallel: bool = False,
     has_weights: bool = True,
     is_streamed: bool = False,
+    keeps_codes: bool = False,
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
     `rank` numbers the ranks stage by stage. With `expert_parallel` each of `tp` ranks has whole experts, instead of a
     part of each. With a `role`, only the weights of attention workers, or those of FFN
     workers, are read. Without `has_weights` the folder is checked, and the model has the config of all ranks and no
-    weights: it is for the process that sends steps to workers. With `is_streamed` the weights are left on disk.
+    weights: it is for the process that sends steps to workers. With `is_streamed` the weights are left on disk. With
+    `keeps_codes` weights of small codes stay so, for a planner with kernels that read them.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape.
@@ -155,6 +159,7 @@ def load_model(
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
         tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
         weights: dict[str, Weight] = {}
+        dequantized: dict[str, str] = {}
         share = NO_WEIGHTS
         if has_weights:
             specs = weights_of_stage(layout, whole, stage)
@@ -163,7 +168,13 @@ def load_model(
             divided = tuple(map(by_experts, specs) if own.ep > 1 else specs)
             share = WeightShare(divided, rank % tp, tp)
             if not is_streamed:
-                weights = dict(load_weights(divided, checkpoint, kind, device, rank=rank % tp, tp=tp))
+                if keeps_codes:
+                    found = load_coded_weights(
+                        divided, checkpoint, kind, rank=rank % tp, tp=tp, dequantized=dequantized
+                    )
+                    weights = dict(found)
+                else:
+                    weights = dict(load_weights(divided, checkpoint, kind, device, rank=rank % tp, tp=tp))
     finally:
         checkpoint.close()
     return Model(
@@ -177,6 +188,7 @@ def load_model(
         absent=head,
         pipeline_stage=stage,
         share=share,
+        dequantized=dequantized,
     )
 
 

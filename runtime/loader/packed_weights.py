@@ -13,7 +13,6 @@ from torch import Tensor
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.weights import WeightSpec
 from sageLLM.runtime.errors import CheckpointError
-from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner
 from sageLLM.runtime.kernels.cpu.cache import cache_folder
 from sageLLM.runtime.kernels.cpu.packing import DEPTH, PANEL, PackedWeight
@@ -95,7 +94,7 @@ def _runs(
 
 
 def _piece(names: list[str], weight: Tensor, gates: int | None, planner: Planner) -> Piece:
-    held: Weight = weight if gates is None else planner.pack(weight, gates)
+    held: Tensor | PackedWeight = weight if gates is None else planner.pack(weight, gates)
     values = held.values if isinstance(held, PackedWeight) else held.contiguous()
     data = values.reshape(-1).view(torch.uint8).numpy().data
     return Piece(names, list(weight.shape), gates, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from sageLLM.runtime.core.model.formats import Format, StoredPart
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
+from sageLLM.runtime.loader.codes import coded, why_not_coded
 from sageLLM.runtime.loader.dequantize import dequantize
 from sageLLM.runtime.loader.format_choice import Choice, Quantized, is_listed
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
@@ -28,7 +31,7 @@ ELEMENTS: Mapping[str, tuple[torch.dtype, ...]] = {
     "float": FLOATS,
 }
 MAX_PROBLEMS = 20
-Values = Mapping[str, Mapping[str, Callable[..., Tensor]]]
+Values = Mapping[str, Mapping[str, Callable[..., Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,14 @@ class QuantizedCheckpoint(Checkpoint):
         function = self._values[weight.format.name]
         found = dequantize(weight.format, function, tensors, weight.sizes, dtype or torch.float32)
         return found if rows is None else found[rows]
+
+    def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
+        if (weight := self.weights.get(name)) is None:
+            return None
+        tensors = {key: _signed(self._stored.read(stored)) for key, stored in weight.names.items()}
+        if (reason := why_not_coded(weight.format, tensors, weight.sizes)) is not None:
+            return reason
+        return coded(weight.format, self._values[f"{weight.format.name}_codes"], tensors, weight.sizes, dtype)
 
     def close(self) -> None:
         self._stored.close()

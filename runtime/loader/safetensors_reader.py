@@ -19,6 +19,7 @@ from torch import Tensor
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.loader.checkpoint_index import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -134,6 +135,13 @@ class Checkpoint:
             return _tensor(file.get_slice(info.name)[start:stop])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file} cannot be read: {error}; download it again") from None
+
+    def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
+        """A quantised weight as codes for kernels of the element type `dtype`, or the reason why not.
+
+        None for a tensor that is not quantised, as are all tensors here.
+        """
+        return None
 
     def close(self) -> None:
         """Closes the files; a later `read` opens them again."""

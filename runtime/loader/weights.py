@@ -4,15 +4,22 @@ Each element is copied once, from the mapped file straight to its final position
 memory while the file is mapped, so it is mapped again after MAPPED_BYTES: the peak memory is one copy of the weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, MutableMapping
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.model.weights import View, WeightSpec, share_runs, share_shape
+from sageLLM.runtime.core.model.weights import Part, View, WeightSpec, share_runs, share_shape
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
+from sageLLM.runtime.loader.coded_weights import load_codes, with_columns
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
 MAPPED_BYTES = 32 << 20
+
+
+Loaded = TypeVar("Loaded", Tensor, Tensor | CodedWeight)
 
 
 def load_weights(
@@ -28,14 +35,46 @@ def load_weights(
 
     `check_checkpoint` must have passed before: shapes are not checked here.
     """
-    weights: dict[str, Tensor] = {}
+    return _load_each(specs, checkpoint, lambda spec: _load(spec, checkpoint, dtype, device, rank, tp))
+
+
+def load_coded_weights(
+    specs: Iterable[WeightSpec],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    rank: int = 0,
+    tp: int = 1,
+    dequantized: MutableMapping[str, str],
+) -> dict[str, Tensor | CodedWeight]:
+    """As `load_weights` on the CPU, with quantised weights as codes.
+
+    `dequantized` receives the names of quantised weights that cannot stay codes, with the reasons.
+    """
+
+    def load(spec: WeightSpec) -> Tensor | CodedWeight:
+        found = load_codes(spec, checkpoint, dtype, partial(_fill_columns, spec, rank, tp), rank, tp)
+        if isinstance(found, CodedWeight):
+            return found
+        if found is not None:
+            dequantized[spec.name] = found
+        return _load(spec, checkpoint, dtype, torch.device("cpu"), rank, tp)
+
+    return _load_each(specs, checkpoint, load)
+
+
+def _load_each(
+    specs: Iterable[WeightSpec], checkpoint: Checkpoint, load: Callable[[WeightSpec], Loaded]
+) -> dict[str, Loaded]:
+    """Loads the weights one after another; tied ones share their memory."""
+    weights: dict[str, Loaded] = {}
     ties: list[WeightSpec] = []
     num_mapped = 0
     for spec in specs:
         if spec.tied_to is not None:
             ties.append(spec)
             continue
-        weights[spec.name] = _load(spec, checkpoint, dtype, device, rank, tp)
+        weights[spec.name] = load(spec)
         num_mapped += weights[spec.name].nbytes
         if num_mapped >= MAPPED_BYTES:
             checkpoint.close()
@@ -78,14 +117,24 @@ def _load(
     if spec.shard is not None and spec.shard.kind == "first" and rank:
         return weight.zero_()
     for part in spec.parts:
-        source = checkpoint.read(part.name, dtype=dtype)
-        region = part.region(len(spec.shape))
-        source = source if part.view is None else _apply(part.view, source)
-        if tp == 1 or spec.shard is None or spec.shard.kind == "first":
-            weight[tuple(slice(start, stop) for start, stop in region)].copy_(source)
-        else:
-            _copy_runs(weight, source, region, spec.shard.dim, share_runs(spec, rank, tp))
+        _fill(spec, rank, tp, weight, part, checkpoint.read(part.name, dtype=dtype))
     return weight
+
+
+def _fill(spec: WeightSpec, rank: int, tp: int, weight: Tensor, part: Part, source: Tensor) -> None:
+    """Copies a part to its region of the weight, or of the share of a rank."""
+    region = part.region(len(spec.shape))
+    source = source if part.view is None else _apply(part.view, source)
+    if tp == 1 or spec.shard is None or spec.shard.kind == "first":
+        weight[tuple(slice(start, stop) for start, stop in region)].copy_(source)
+    else:
+        _copy_runs(weight, source, region, spec.shard.dim, share_runs(spec, rank, tp))
+
+
+def _fill_columns(spec: WeightSpec, rank: int, tp: int, weight: Tensor, part: Part, source: Tensor, width: int) -> None:
+    """As `_fill`, of `width` columns that belong to the inputs of the share."""
+    is_cut = spec.shard is not None and spec.shard.dim == len(spec.shape) - 1
+    _fill(spec, rank, 1 if is_cut else tp, weight, with_columns(part, width), source)
 
 
 def _copy_runs(

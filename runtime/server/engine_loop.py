@@ -218,6 +218,7 @@ def describe(llm: LLM, mode: str, policy: str, max_num_seqs: int) -> Ready:
         choices = [
             f"{model.layout.name}: {model.num_parameters:,} parameters, {model.dtype}, {model.device}",
             f"kernels: {llm.compiler.planner.name}, {_in_python(llm)}",
+            *(f"weights: {one}" for one in llm.weight_stats()),
         ]
     else:
         choices = [f"{model.layout.name}: weights and kernels in worker processes"]

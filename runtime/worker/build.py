@@ -16,7 +16,7 @@ from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.execution_graph.attention_ffn import Side
 from sageLLM.runtime.execution_graph.embedding import poolings_of
 from sageLLM.runtime.execution_graph.stages import PipelineStage
-from sageLLM.runtime.executor.kernel_choice import choose_planner
+from sageLLM.runtime.executor.kernel_choice import choose_planner, reads_codes
 from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
 from sageLLM.runtime.executor.scheduling import choose_schedule
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
@@ -160,6 +160,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         role=None if spec.side is None else spec.side.role,
         expert_parallel=spec.enable_expert_parallel,
         is_streamed=spec.weights.tier == "disk",
+        keeps_codes=reads_codes(spec.kernels, device),
     )
     links = None
     if spec.side is not None and spec.af_channel is not None:

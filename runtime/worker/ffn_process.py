@@ -18,6 +18,7 @@ import torch
 
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.execution_graph.attention_ffn import with_peer
+from sageLLM.runtime.executor.kernel_choice import reads_codes
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
@@ -72,6 +73,7 @@ class FfnServer:
             tp=spec.side.width,
             role="ffn",
             expert_parallel=spec.enable_expert_parallel and spec.side.width > 1,
+            keeps_codes=reads_codes(spec.kernels, device),
         )
         self._compiler: ModelCompiler = make_compiler(
             self._model,

@@ -9,6 +9,7 @@ from .algebra import bits
 
 __all__ = [
     "awq",
+    "awq_codes",
 ]
 
 
@@ -25,3 +26,16 @@ def awq(
         (bits(qweight, 4, 1, order=ORDER)[:, :N] - bits(qzeros, 4, 1, order=ORDER)[:, :N].repeat_interleave(G, 0)[:K])
         * scales.repeat_interleave(G, 0)[:K]
     ).T
+
+
+# specs/formats/awq.yaml: awq
+def awq_codes(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    *,
+    N: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of awq, and zeros if there are any."""
+    ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+    return bits(qweight, 4, 1, order=ORDER)[:, :N].T, scales.T, bits(qzeros, 4, 1, order=ORDER)[:, :N].T

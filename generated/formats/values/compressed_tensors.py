@@ -12,10 +12,14 @@ __all__ = [
     "fp8_block",
     "fp8_tensor",
     "int8",
+    "int8_codes",
     "int8_tensor",
+    "int8_tensor_codes",
     "nvfp4",
     "packed",
+    "packed_codes",
     "packed_zeros",
+    "packed_zeros_codes",
 ]
 
 
@@ -28,6 +32,18 @@ def packed(
     w[N, K] = (bits(weight_packed, b, K) - 2 ** (b - 1)) * rep(weight_scale, G, K)"""
     weight_scale = weight_scale.to(of)
     return (bits(weight_packed, b, 1)[:, :K] - (1 << b - 1)) * weight_scale.repeat_interleave(G, 1)[:, :K]
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def packed_codes(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    *,
+    K: int,
+    b: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of packed, and zeros if there are any."""
+    return bits(weight_packed, b, 1)[:, :K], weight_scale, (1 << b - 1)
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -52,6 +68,20 @@ def packed_zeros(
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
+def packed_zeros_codes(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    *,
+    N: int,
+    K: int,
+    b: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of packed_zeros, and zeros if there are any."""
+    return bits(weight_packed, b, 1)[:, :K], weight_scale, bits(weight_zero_point, b, 0)[:N]
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
 def int8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtype = torch.float64) -> Tensor:
     """Bytes with a scale per output or group.
 
@@ -62,6 +92,16 @@ def int8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtyp
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
+def int8_codes(
+    weight: Tensor,
+    weight_scale: Tensor,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of int8, and zeros if there are any."""
+    weight = weight.int()
+    return weight, weight_scale
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
 def int8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.float64) -> Tensor:
     """Bytes with one scale.
 
@@ -69,6 +109,17 @@ def int8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch
     weight = weight.int()
     weight_scale = weight_scale.reshape(()).to(of)
     return weight * weight_scale
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def int8_tensor_codes(
+    weight: Tensor,
+    weight_scale: Tensor,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of int8_tensor, and zeros if there are any."""
+    weight = weight.int()
+    weight_scale = weight_scale.reshape(())
+    return weight, weight_scale
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors

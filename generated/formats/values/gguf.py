@@ -12,9 +12,11 @@ __all__ = [
     "float16",
     "float32",
     "q4_0",
+    "q4_0_codes",
     "q4_k",
     "q6_k",
     "q8_0",
+    "q8_0_codes",
 ]
 
 
@@ -58,6 +60,19 @@ def q8_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 
 
 # specs/formats/gguf.yaml: gguf
+def q8_0_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of q8_0, and zeros if there are any."""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    q = blocks[..., 2:34].contiguous().view(torch.int8)
+    q = q.int()
+    return joined(q, 1, K), d
+
+
+# specs/formats/gguf.yaml: gguf
 def q4_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of 4 bits around 8; the low halves of the bytes come first.
 
@@ -66,6 +81,18 @@ def q4_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     q = blocks[..., 2:18]
     d = d.to(of)
     return joined(d[..., None] * (bits(q, 4, 2, run=16) - 8), 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q4_0_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of q4_0, and zeros if there are any."""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    q = blocks[..., 2:18]
+    return joined(bits(q, 4, 2, run=16), 1, K), d, 8
 
 
 # specs/formats/gguf.yaml: gguf

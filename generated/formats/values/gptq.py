@@ -9,7 +9,9 @@ from .algebra import bits
 
 __all__ = [
     "gptq",
+    "gptq_codes",
     "gptq_v2",
+    "gptq_v2_codes",
 ]
 
 
@@ -35,6 +37,22 @@ def gptq(
 
 
 # specs/formats/gptq.yaml: gptq
+def gptq_codes(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    *,
+    N: int,
+    K: int,
+    b: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of gptq, and zeros if there are any."""
+    zeros = (bits(qzeros, b, 1)[:, :N] + 1) % (1 << b)
+    return bits(qweight, b, 0)[:K].T, scales.T, zeros.T
+
+
+# specs/formats/gptq.yaml: gptq
 def gptq_v2(
     qweight: Tensor,
     qzeros: Tensor,
@@ -53,3 +71,18 @@ def gptq_v2(
     return (
         (bits(qweight, b, 0)[:K] - bits(qzeros, b, 1)[:, :N].index_select(0, g_idx)) * scales.index_select(0, g_idx)
     ).T
+
+
+# specs/formats/gptq.yaml: gptq
+def gptq_v2_codes(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    *,
+    N: int,
+    K: int,
+    b: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of gptq_v2, and zeros if there are any."""
+    return bits(qweight, b, 0)[:K].T, scales.T, bits(qzeros, b, 1)[:, :N].T

@@ -9,6 +9,7 @@ from .algebra import bits, joined, lookup, power_of_two
 
 __all__ = [
     "mxfp4",
+    "mxfp4_codes",
 ]
 
 
@@ -20,3 +21,15 @@ def mxfp4(blocks: Tensor, scales: Tensor, *, K: int, of: torch.dtype = torch.flo
     E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
     scales = scales.int()
     return joined(lookup(bits(blocks, 4, 3), E2M1, of) * power_of_two(scales, of)[..., None], 2, K).permute(0, 2, 1)
+
+
+# specs/formats/mxfp4.yaml: mxfp4
+def mxfp4_codes(
+    blocks: Tensor,
+    scales: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of mxfp4, and zeros if there are any."""
+    scales = scales.int()
+    return joined(bits(blocks, 4, 3), 2, K), power_of_two(scales, torch.float32)

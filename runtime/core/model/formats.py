@@ -57,12 +57,25 @@ class StoredPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """The parts of a value (codes - zeros) * scales, which the function NAME_codes moves out of the stored tensors.
+
+    `kind` is the width of the codes, as a number or a size, `i8` or `u8` for bytes, or `fp4`. `group` is the number of
+    inputs of a scale, or its size, empty for all inputs. `index` is the tensor with the group of each input, if any.
+    """
+
+    kind: str
+    group: str
+    index: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """A stored form of weights.
 
     `when` has the accepted values of settings, by key; `sizes` numbers or the keys that have them. The weight has the
     dims `weight`, and is named by `suffix` where its tensors are named by `separator` and their own names. Weights of
-    GGUF files are blocks of `block_bytes` bytes.
+    GGUF files are blocks of `block_bytes` bytes. Without `codes` a weight cannot be kept packed.
     """
 
     name: str
@@ -75,6 +88,7 @@ class Format:
     suffix: str = ".weight"
     separator: str = "."
     block_bytes: int | None = None
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True, slots=True)

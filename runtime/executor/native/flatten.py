@@ -28,7 +28,7 @@ class Functions(Protocol):
     def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
         """The reason if the op lacks a function for this element type and these attrs, else None."""
 
-    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int: ...
+    def address(self, op: str, element: str | None, *, unpacks: bool = False, form: str | None = None) -> int: ...
 
     @property
     def copy_address(self) -> int:
@@ -81,6 +81,9 @@ class Weights(Protocol):
 
     def is_packed(self, name: str) -> bool:
         """Whether the model keeps the weight in packed form."""
+
+    def form(self, name: str) -> str | None:
+        """The form of a weight that the model keeps as packed codes."""
 
     def location(self, ref: TensorRef, gates: int | None) -> Location:
         """The location of a weight packed with `gates` gates, or (None) in its declared form."""
@@ -184,7 +187,8 @@ class _Flattener:
             assert strides is not None, f"{node.node_id}: {pattern} has a layout without row strides"
             sizes += strides
         attrs = [number(node.attr_types[name], inference.attrs[name]) for name in node.attr_types]
-        function = self._functions.address(node.op, _element(kernel, inference), unpacks=unpacks)
+        form = self._form(node, kernel)
+        function = self._functions.address(node.op, _element(kernel, inference), unpacks=unpacks, form=form)
         self._append(node, node.op, function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
 
     def _add_python(
@@ -198,6 +202,14 @@ class _Flattener:
 
     def _locate(self, ref: TensorRef) -> Location:
         return self._weights.location(ref, None) if ref.name in self._names else self._out.locations[ref.name]
+
+    def _form(self, node: OpNode, kernel: NativeKernel) -> str | None:
+        """The form of the codes that the node reads."""
+        for name in (*kernel.packed, *([kernel.unpacks] if kernel.unpacks else [])):
+            ref = node.optional_input(name)
+            if ref is not None and ref.name in self._names and (form := self._weights.form(ref.name)) is not None:
+                return form
+        return None
 
     def _is_held_packed(self, ref: TensorRef) -> bool:
         return ref.name in self._names and self._weights.is_packed(ref.name)

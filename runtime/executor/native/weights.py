@@ -13,11 +13,15 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.executor.native.locations import Location, contiguous
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded, pack_codes, unpacked
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack, unpack
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack
 
-Weight: TypeAlias = Tensor | PackedWeight
+Weight: TypeAlias = Tensor | PackedWeight | CodedWeight
+"""A weight; codes only until `pack_weights` or `decode_weights` has run."""
+
+MUST_BE_PACKED = "codes must be packed or decoded before a plan binds them"
 
 
 def pack_weights(
@@ -28,15 +32,50 @@ def pack_weights(
 ) -> None:
     """Replaces the weights that the graphs' GEMMs read by their packed form, one at a time to bound the peak memory.
 
-    `ties` maps a tied weight to the weight that it shares. Raises CompileError, and then changes nothing.
+    `ties` maps a tied weight to the weight that it shares. Codes that no GEMM reads are decoded. Raises CompileError,
+    and then changes nothing.
     """
-    memory = WeightMemory()
-    for name, gates in gates_of(graphs, ties, runner).items():
+    graphs = list(graphs)
+    memory, gates_by_name = WeightMemory(), gates_of(graphs, ties, runner)
+    _build_forms(weights, ties, graphs, gates_by_name, runner)
+    for name, gates in gates_by_name.items():
         held = weights.get(name)
-        if isinstance(held, Tensor):
+        if held is not None and not isinstance(held, PackedWeight):
             # All names of a tied weight must get the same packed object, or both forms would stay in memory.
-            packed = pack(held, gates, runner.library, memory)
+            if isinstance(held, CodedWeight):
+                packed = pack_codes(held, gates, memory)
+            else:
+                packed = pack(held, gates, runner.library, memory)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))
+    decode_weights(weights, ties)
+
+
+def decode_weights(weights: MutableMapping[str, Weight], ties: Mapping[str, str]) -> None:
+    """Replaces codes by float weights, one at a time."""
+    for name, held in list(weights.items()):
+        if name not in ties and isinstance(held, CodedWeight):
+            found = decoded(held, held.dtype)
+            weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), found))
+
+
+def _build_forms(
+    weights: Mapping[str, Weight],
+    ties: Mapping[str, str],
+    graphs: Iterable[ExecutionGraph],
+    gates: Mapping[str, int],
+    runner: NativeRunner,
+) -> None:
+    """Builds the kernels of the ops that will read codes, by the form of the codes."""
+    ops: dict[tuple[str, str], set[str]] = {}
+    for node in (node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)):
+        for name in node.input_types:
+            ref = node.optional_input(name)
+            weight = "" if ref is None else ties.get(ref.name, ref.name)
+            held = weights.get(weight) if weight in gates else None
+            if ref is not None and isinstance(held, CodedWeight):
+                ops.setdefault((held.form, ref.dtype), set()).add(node.op)
+    for (form, element), names in ops.items():
+        runner.prepare(sorted(names), element, form)
 
 
 def gates_of(graphs: Iterable[ExecutionGraph], ties: Mapping[str, str], runner: NativeRunner) -> dict[str, int]:
@@ -50,17 +89,22 @@ class WeightForms:
 
     def __init__(self, bound: Mapping[str, Weight], library: Library | None) -> None:
         self._bound, self._library = bound, library
-        self._forms: dict[str, Weight] = {}
+        self._forms: dict[str, Tensor | PackedWeight] = {}
 
     def __contains__(self, base: str) -> bool:
         return base in self._forms
 
-    def __getitem__(self, base: str) -> Weight:
+    def __getitem__(self, base: str) -> Tensor | PackedWeight:
         return self._forms[base]
 
     def is_packed(self, name: str) -> bool:
         """Whether the model keeps the weight in packed form."""
         return isinstance(self._bound[name], PackedWeight)
+
+    def form(self, name: str) -> str | None:
+        """The form of a weight that the model keeps as packed codes."""
+        held = self._bound[name]
+        return held.form if isinstance(held, PackedWeight) else None
 
     def location_as_held(self, ref: TensorRef) -> Location:
         """The location of the weight in the form that the model keeps."""
@@ -72,19 +116,21 @@ class WeightForms:
         Raises KeyError if the weight is not bound.
         """
         held = self._bound[ref.name]
+        assert not isinstance(held, CodedWeight), MUST_BE_PACKED
         base = ref.name if gates is None else f"{ref.name} packed by {gates}"
         if base in self._forms:
             return self._located(ref, base, self._forms[base])
         if gates is None:
-            return self._located(ref, base, held if isinstance(held, Tensor) else unpack(held))
+            return self._located(ref, base, held if isinstance(held, Tensor) else unpacked(held))
         if isinstance(held, PackedWeight):
             if held.gates == gates:
                 return self._located(ref, base, held)
-            held = unpack(held)
+            held = unpacked(held)
         assert self._library is not None, "only the kernels of a library read packed weights"
         return self._located(ref, base, pack(held, gates, self._library))
 
     def _located(self, ref: TensorRef, base: str, weight: Weight) -> Location:
+        assert not isinstance(weight, CodedWeight), MUST_BE_PACKED
         self._forms[base] = weight
         if isinstance(weight, PackedWeight):
             return contiguous(base, ref.dtype, tuple(weight.shape))
