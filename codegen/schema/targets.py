@@ -33,6 +33,11 @@ class TargetSpec(Strict):
     covers: list[str] = Field(default=[], description="other targets with these limits, for which its rows are used")
     shared_memory: int = Field(gt=0, description="bytes of shared memory that a program may have")
     processors: int = Field(gt=0, description="multiprocessors of the smallest usual device, for persistent grids")
+    last_program_merges: bool = Field(
+        default=True,
+        description="whether a barrier of a program waits for the stores of its threads, so that the last of several "
+        "programs can read what the others stored",
+    )
     kernels: dict[str, list[ConfigurationSpec]] = Field(
         description="template of templates/triton -> configurations; the first with bounds that hold is used"
     )

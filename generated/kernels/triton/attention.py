@@ -179,6 +179,7 @@ def _paged_prefill_attention_split(
     DV: tl.constexpr,
     BS: tl.constexpr,
     LATENT: tl.constexpr,
+    LAST_MERGES: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -277,18 +278,19 @@ def _paged_prefill_attention_split(
             )
             lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
             tl.store(part_lse + part + split, lse, mask=is_head)
-            tl.debug_barrier()  # all threads have stored before one of them counts the part
-            counter = arrived + b * tl.num_programs(0) + tl.program_id(0)
-            num_missing -= tl.atomic_add(counter, 1)
-            if num_missing == 0:
-                tl.store(counter, 0)
-                row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                row_sum = tl.zeros([BLOCK_H], tl.float32)
-                acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-                for number in range(num_splits):
-                    lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
-                    one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
-                    acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
+            if LAST_MERGES:
+                tl.debug_barrier()  # all threads have stored before one of them counts the part
+                counter = arrived + b * tl.num_programs(0) + tl.program_id(0)
+                num_missing -= tl.atomic_add(counter, 1)
+                if num_missing == 0:
+                    tl.store(counter, 0)
+                    row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                    row_sum = tl.zeros([BLOCK_H], tl.float32)
+                    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+                    for number in range(num_splits):
+                        lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
+                        one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
+                        acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
         if num_missing == 0:
             sink = device.sink_scores(sinks, head, is_head)
             top = tl.maximum(row_max, sink)
@@ -296,6 +298,67 @@ def _paged_prefill_attention_split(
             row_sum = row_sum * scaling + tl.where(row_sum == 0.0, 0.0, device.exp2_difference(sink, top))
             result = device.normalized(acc * scaling[:, None], row_sum)
             tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_result)
+
+
+@triton.jit(do_not_specialize=["max_splits"])
+def _paged_prefill_attention_merge(
+    seq_lens,
+    q_start,
+    sinks,
+    o,
+    parts,
+    part_lse,
+    max_splits,
+    softcap,
+    chunk,
+    window,
+    o_row,
+    o_head,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    HEAD_TILES: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
+    b = tl.program_id(1).to(tl.int64)
+    t = b if q_start is None else tl.load(q_start + b).to(tl.int64)
+    num_rows = 1 if q_start is None else tl.load(q_start + b + 1) - t
+    if num_rows != 1:
+        return
+    length = tl.load(seq_lens + b)
+    num_keys = (
+        length
+        - (
+            tl.maximum(
+                (length - 1) - (length - 1) % chunk,
+                (tl.maximum((length - 1) - window + 1, 0) if window is not None else 0),
+            )
+            if chunk is not None
+            else (tl.maximum((length - 1) - window + 1, 0) if window is not None else 0)
+        )
+        // BLOCK_N
+        * BLOCK_N
+    )
+    part_keys = device.split_length(num_keys, SPLIT, MAX_SPLITS, BLOCK_N)
+    num_splits = (num_keys + part_keys - 1) // tl.maximum(part_keys, 1)
+    if num_splits <= 1:
+        return  # it is complete
+    g, dv = tl.program_id(0) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_DV)
+    head = tl.program_id(0) // HEAD_TILES * G + g
+    is_head = g < G
+    is_result = is_head[:, None] & (dv < DV)[None, :]
+    part = (b * (tl.num_programs(0) // HEAD_TILES * G) + head) * max_splits
+    row_max = device.sink_scores(sinks, head, is_head)
+    row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    for number in range(num_splits):
+        lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
+        one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
+        acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
+    tl.store(o + t * o_row + head[:, None] * o_head + dv[None, :], device.normalized(acc, row_sum), mask=is_result)
 
 
 def paged_prefill_attention(
@@ -370,8 +433,24 @@ def paged_prefill_attention(
         *o.stride()[:2],
         BS=BS,
         LATENT=LATENT,
+        LAST_MERGES=plan.last_merges,
         **plan.meta,
     )
+    if plan.max_splits > 1 and not plan.last_merges:
+        _paged_prefill_attention_merge[(plan.grid[0], B)](
+            seq_lens,
+            q_start,
+            sinks,
+            o,
+            parts,
+            part_lse,
+            plan.max_splits,
+            softcap,
+            chunk,
+            window,
+            *o.stride()[:2],
+            **plan.merge_meta,
+        )
     if T <= 1:
         return o
     BLOCK_M = use["BLOCK_M"]
@@ -448,6 +527,7 @@ def _paged_decode_attention_split(
     DV: tl.constexpr,
     BS: tl.constexpr,
     LATENT: tl.constexpr,
+    LAST_MERGES: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -546,18 +626,19 @@ def _paged_decode_attention_split(
             )
             lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
             tl.store(part_lse + part + split, lse, mask=is_head)
-            tl.debug_barrier()  # all threads have stored before one of them counts the part
-            counter = arrived + b * tl.num_programs(0) + tl.program_id(0)
-            num_missing -= tl.atomic_add(counter, 1)
-            if num_missing == 0:
-                tl.store(counter, 0)
-                row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                row_sum = tl.zeros([BLOCK_H], tl.float32)
-                acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-                for number in range(num_splits):
-                    lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
-                    one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
-                    acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
+            if LAST_MERGES:
+                tl.debug_barrier()  # all threads have stored before one of them counts the part
+                counter = arrived + b * tl.num_programs(0) + tl.program_id(0)
+                num_missing -= tl.atomic_add(counter, 1)
+                if num_missing == 0:
+                    tl.store(counter, 0)
+                    row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                    row_sum = tl.zeros([BLOCK_H], tl.float32)
+                    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+                    for number in range(num_splits):
+                        lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
+                        one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
+                        acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
         if num_missing == 0:
             sink = device.sink_scores(sinks, head, is_head)
             top = tl.maximum(row_max, sink)
@@ -565,6 +646,67 @@ def _paged_decode_attention_split(
             row_sum = row_sum * scaling + tl.where(row_sum == 0.0, 0.0, device.exp2_difference(sink, top))
             result = device.normalized(acc * scaling[:, None], row_sum)
             tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_result)
+
+
+@triton.jit(do_not_specialize=["max_splits"])
+def _paged_decode_attention_merge(
+    seq_lens,
+    q_start,
+    sinks,
+    o,
+    parts,
+    part_lse,
+    max_splits,
+    softcap,
+    chunk,
+    window,
+    o_row,
+    o_head,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    HEAD_TILES: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
+    b = tl.program_id(1).to(tl.int64)
+    t = b if q_start is None else tl.load(q_start + b).to(tl.int64)
+    num_rows = 1 if q_start is None else tl.load(q_start + b + 1) - t
+    if num_rows != 1:
+        return
+    length = tl.load(seq_lens + b)
+    num_keys = (
+        length
+        - (
+            tl.maximum(
+                (length - 1) - (length - 1) % chunk,
+                (tl.maximum((length - 1) - window + 1, 0) if window is not None else 0),
+            )
+            if chunk is not None
+            else (tl.maximum((length - 1) - window + 1, 0) if window is not None else 0)
+        )
+        // BLOCK_N
+        * BLOCK_N
+    )
+    part_keys = device.split_length(num_keys, SPLIT, MAX_SPLITS, BLOCK_N)
+    num_splits = (num_keys + part_keys - 1) // tl.maximum(part_keys, 1)
+    if num_splits <= 1:
+        return  # it is complete
+    g, dv = tl.program_id(0) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_DV)
+    head = tl.program_id(0) // HEAD_TILES * G + g
+    is_head = g < G
+    is_result = is_head[:, None] & (dv < DV)[None, :]
+    part = (b * (tl.num_programs(0) // HEAD_TILES * G) + head) * max_splits
+    row_max = device.sink_scores(sinks, head, is_head)
+    row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    for number in range(num_splits):
+        lse = tl.load(part_lse + part + number, mask=is_head, other=float("-inf"))
+        one = tl.load(parts + (part + number)[:, None] * DV + dv[None, :], mask=is_result, other=0.0)
+        acc, row_max, row_sum = device.add_part(one, lse, acc, row_max, row_sum)
+    tl.store(o + t * o_row + head[:, None] * o_head + dv[None, :], device.normalized(acc, row_sum), mask=is_result)
 
 
 def paged_decode_attention(
@@ -633,6 +775,22 @@ def paged_decode_attention(
         *o.stride()[:2],
         BS=BS,
         LATENT=is_latent(k_cache, v_cache),
+        LAST_MERGES=plan.last_merges,
         **plan.meta,
     )
+    if plan.max_splits > 1 and not plan.last_merges:
+        _paged_decode_attention_merge[(plan.grid[0], B)](
+            seq_lens,
+            None,
+            sinks,
+            o,
+            parts,
+            part_lse,
+            plan.max_splits,
+            softcap,
+            chunk,
+            window,
+            *o.stride()[:2],
+            **plan.merge_meta,
+        )
     return o

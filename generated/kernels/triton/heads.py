@@ -24,6 +24,7 @@ class DecodePlan(NamedTuple):
 
     grid: tuple[int, int]
     max_splits: int
+    last_merges: bool
     num_heads: int
     value_size: int
     meta: Mapping[str, int]
@@ -35,12 +36,19 @@ class DecodePlan(NamedTuple):
         block_h = min(use["BLOCK_H"], max(16, triton.next_power_of_2(G)))
         head_tiles = Nkv * triton.cdiv(G, block_h)
         max_splits = min(use["MAX_SPLITS"], max(1, triton.cdiv(longest, use["SPLIT"])))
-        programs = TARGETS[current_target()].processors * use["PROGRAMS"]
+        target = TARGETS[current_target()]
+        programs = target.processors * use["PROGRAMS"]
         meta = {"G": G, "D": D, "DV": Dv, "BLOCK_B": max(128, triton.next_power_of_2(B)), "BLOCK_H": block_h}
         meta |= {name: use[name] for name in ("SPLIT", "MAX_SPLITS", "BLOCK_N")} | head_blocks(D, Dv)
         meta |= {"num_warps": use["WARPS"], "num_stages": use["STAGES"], "enable_fp_fusion": True}
         grid = head_tiles, min(B * max_splits, triton.cdiv(programs, head_tiles))
-        return cls(grid, max_splits, Nq, Dv, meta)
+        return cls(grid, max_splits, target.last_program_merges, Nq, Dv, meta)
+
+    @property
+    def merge_meta(self) -> dict[str, int]:
+        """Constants of the launch that merges parts."""
+        names = ("G", "DV", "SPLIT", "MAX_SPLITS", "BLOCK_H", "BLOCK_DV", "BLOCK_N", "enable_fp_fusion")
+        return {name: self.meta[name] for name in names} | {"num_warps": 4, "num_stages": 1}
 
     def workspace(self, B: int, device: torch.device, op: str) -> tuple[Tensor, Tensor, Tensor]:
         """The results of parts, the logarithms of their weights, and counters of finished parts, which are zero."""

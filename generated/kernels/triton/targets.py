@@ -21,10 +21,14 @@ class Configuration(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Bytes of shared memory that a program may have, multiprocessors of a device, configurations by template."""
+    """Bytes of shared memory that a program may have, multiprocessors of a device, configurations by template.
+
+    `last_program_merges`: a barrier waits for stores, so that the last of several programs can read all of them.
+    """
 
     shared_memory: int
     processors: int
+    last_program_merges: bool
     kernels: Mapping[str, tuple[Configuration, ...]]
 
 
@@ -33,6 +37,7 @@ TARGETS: dict[str, Target] = {
     "sm_80": Target(
         shared_memory=166912,
         processors=108,
+        last_program_merges=True,
         kernels={
             "paged_decode": (
                 Configuration(
@@ -133,6 +138,7 @@ TARGETS: dict[str, Target] = {
     "sm_90": Target(
         shared_memory=232448,
         processors=132,
+        last_program_merges=True,
         kernels={
             "paged_decode": (
                 Configuration(
@@ -233,6 +239,7 @@ TARGETS: dict[str, Target] = {
     "sm_100": Target(
         shared_memory=232448,
         processors=148,
+        last_program_merges=True,
         kernels={
             "paged_decode": (
                 Configuration(
@@ -333,6 +340,7 @@ TARGETS: dict[str, Target] = {
     "gfx942": Target(
         shared_memory=65536,
         processors=304,
+        last_program_merges=False,
         kernels={
             "paged_decode": (
                 Configuration(

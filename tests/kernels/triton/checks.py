@@ -18,7 +18,7 @@ from compare import DEVICE, DTYPES, Finding, compared, special
 from torch import Tensor
 
 from sageLLM.generated import ops
-from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.generated.kernels.triton import KERNELS, heads, targets
 from sageLLM.generated.kernels.triton.linear import _lm_head_sample_merge
 from sageLLM.generated.kernels.triton.sampling import _sample_merge
 from sageLLM.generated.kernels.triton.tiles import Tile
@@ -164,8 +164,25 @@ def latent_findings(everything: bool) -> Iterator[Finding]:
         q, k, _, table, lengths = paged([300, 20], DTYPES[dtype], heads=(70, 1))
         operands = [k, k[..., :16], table, lengths]
         yield compared("paged_decode_attention", "latent", dtype, [q[:2], *operands], {"scale": 0.3}, is_sum=True)
-        operands = [q[:4], *operands, starts]
-        yield compared("paged_prefill_attention", "latent", dtype, operands, {"scale": 0.3}, is_sum=True)
+        with other_target("gfx942"):  # which merges parts in a second launch
+            found = compared("paged_decode_attention", "merged", dtype, [q[:2], *operands], {"scale": 0.3}, is_sum=True)
+        yield found
+        more = [q[:4], *operands, starts, torch.randn(70).to(DTYPES[dtype])]
+        for target in ("sm_90", "gfx942"):
+            with other_target(target):
+                found = compared("paged_prefill_attention", "latent", dtype, more, {"scale": 0.3}, is_sum=True)
+            yield found
+
+
+@contextmanager
+def other_target(name: str) -> Iterator[None]:
+    """Configurations of a target other than the interpreter's."""
+    originals = targets.current_target, heads.current_target
+    targets.current_target = heads.current_target = lambda: name
+    try:
+        yield
+    finally:
+        targets.current_target, heads.current_target = originals
 
 
 def fallback_findings() -> Iterator[Finding]:
