@@ -91,16 +91,37 @@ class GraphedPlan(DevicePlan):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._captured: dict[torch.Size, CapturedGraph] = {}
+        self._last_memory: object = None
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         """The outputs of the step; the next step overwrites them."""
         captured = self._captured.get(_table_shape(inputs))
         if captured is None:
             return super().run(inputs)
+        return self._replayed(captured, inputs)
+
+    def run_after_last(self, inputs: Inputs) -> list[Tensor]:
+        """As `run`, with the tokens of the last run as ids: no other step may have run since, and its rows are these.
+
+        The tokens are on the device; those of failed rows count as 0.
+        """
+        captured = self._captured[_table_shape(inputs)]
+        assert captured.place.memory is self._last_memory, "the tokens of the last run must be in the same memory"
+        return self._replayed(captured, inputs, keeps_ids=True)
+
+    def _replayed(self, captured: CapturedGraph, inputs: Inputs, *, keeps_ids: bool = False) -> list[Tensor]:
         host, _ = divided(inputs)
-        self._buffers.inputs.fill(captured.place, host)
+        self._buffers.inputs.fill(captured.place, host, keeps_ids=keeps_ids)
         captured.graph.replay()
+        self._last_memory = captured.place.memory
         return self._started(captured.outputs)
+
+    def _compute(self, inputs: Inputs) -> list[Tensor]:
+        """As a plan of the base class; then the token ids of the inputs are those of the next step."""
+        outputs, ids = super()._compute(inputs), inputs.get("ids")
+        if self._samples and ids is not None and len(ids) == len(outputs[-1]):
+            ids.copy_(outputs[-1].clamp(min=0))
+        return outputs
 
     def capture(self, inputs: Inputs) -> None:
         """Captures the graph of steps of these shapes, after one that compiles the kernels, which no capture can do.

@@ -33,10 +33,14 @@ class _Memory:
 
 @dataclass(slots=True)
 class Place:
-    """The inputs of steps of the same shapes: `device` are their tensors on the device, at fixed addresses."""
+    """The inputs of steps of the same shapes: `device` are their tensors on the device, at fixed addresses.
+
+    The first ones are `ids`, in all places of a memory; the others begin at `after_ids`.
+    """
 
     memory: _Memory
     num_words: int
+    after_ids: int
     device: dict[str, Tensor]
     hosts: list[dict[str, Ints]] = field(default_factory=list)
 
@@ -58,14 +62,15 @@ class InputBuffers:
         self.fill(place, inputs)
         return place.device
 
-    def fill(self, place: Place, inputs: Mapping[str, Tensor]) -> None:
-        """Copies inputs of the shapes of a place to it."""
+    def fill(self, place: Place, inputs: Mapping[str, Tensor], *, keeps_ids: bool = False) -> None:
+        """Copies inputs of the shapes of a place to it; with `keeps_ids` all but the token ids, which stay."""
         memory = place.memory
         turn = memory.next_turn()
         arrays = place.hosts[turn]
         for name, x in inputs.items():
             arrays[name][...] = x.numpy()
-        self._api.copy(memory.device[: place.num_words], memory.hosts[turn][: place.num_words])
+        copied = slice(place.after_ids if keeps_ids else 0, place.num_words)
+        self._api.copy(memory.device[copied], memory.hosts[turn][copied])
         memory.copied[turn].record()
 
     def place(self, inputs: Mapping[str, Tensor]) -> Place:
@@ -79,6 +84,7 @@ class InputBuffers:
         return found
 
     def _new_place(self, shapes: Shapes) -> Place:
+        shapes = tuple(sorted(shapes, key=lambda one: one[0] != "ids"))
         starts, end = [], 0
         for _, shape in shapes:
             starts.append(end)
@@ -91,7 +97,8 @@ class InputBuffers:
             parts = zip(shapes, starts, strict=True)
             return {name: memory[start : start + shape.numel()].view(shape) for (name, shape), start in parts}
 
-        place = Place(self._memory, end, views(self._memory.device))
+        after_ids = starts[1] if len(starts) > 1 and shapes[0][0] == "ids" else 0
+        place = Place(self._memory, end, after_ids, views(self._memory.device))
         place.hosts = [{name: x.numpy() for name, x in views(host).items()} for host in self._memory.hosts]
         return place
 

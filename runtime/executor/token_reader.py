@@ -25,6 +25,10 @@ class PendingTokens:
     def __init__(self, tokens: Ints, copied: DeviceEvent) -> None:
         self._tokens, self._copied = tokens, copied
 
+    def is_done(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._copied.query()
+
     def read(self, count: int) -> ReadTokens:
         """Waits for the step; the tokens of the first `count` rows."""
         self._copied.synchronize()

@@ -14,6 +14,7 @@ from sageLLM.runtime.worker.attention_runner import AttentionRunner
 from sageLLM.runtime.worker.block_copies import PoolCopies, TieredPool
 from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_pool import LowerTier, make_pool
+from sageLLM.runtime.worker.lookahead import Lookahead
 from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.order_thread import OrderThread, Pending
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
@@ -128,10 +129,17 @@ class InProcessExecutor:
             warm_up(decoder, limits.max_tokens, ("decode",) if is_split else STAGES)
             if is_split:
                 warm_up(self.prefiller.runner, limits.max_tokens, ("prefill",))
-        self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if is_async else None
+        # Ranks exchange tokens in each step, so that none of their steps can start before it ends.
+        launches = on_gpu and is_async and isolates_failures and links is None
+        self.lookahead = Lookahead(self.decoder, self.execute) if launches else None
+        has_thread = is_async and not launches
+        self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if has_thread else None
         self._last: Pending[list[StepResult]] | None = None
 
     def submit(self, order: GroupOrder) -> Pending[list[StepResult]]:
+        if self.lookahead is not None:
+            self._last = self.lookahead.submit(order)
+            return self._last
         if self._thread is not None:
             self._last = self._thread.submit(self.execute, order)
             return self._last
@@ -161,8 +169,9 @@ class InProcessExecutor:
 
     def close(self) -> None:
         self.wait()
-        if self._thread is not None:
-            self._thread.close()
+        for thread in (self.lookahead, self._thread):
+            if thread is not None:
+                thread.close()
         for worker in self._workers():
             worker.close()
 

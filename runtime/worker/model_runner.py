@@ -1,6 +1,7 @@
 """Runs the model on one device: the weights, a KV pool, and one plan per stage."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.execution_graph.kv_loads import load_kv
 from sageLLM.runtime.execution_graph.stages import received_values
 from sageLLM.runtime.executor.buckets import MAX_ROWS, Buckets, row_buckets, table_widths
-from sageLLM.runtime.executor.cuda_graphs import DevicePlan
+from sageLLM.runtime.executor.cuda_graphs import DevicePlan, GraphedPlan
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.calls import number_of
@@ -152,6 +153,23 @@ class ModelRunner:
         values, greedy_ids, *best = outputs
         tokens = plan.tokens if isinstance(plan, DevicePlan) else None
         return Logits(values, greedy_ids, best[0] if best else None, tokens)
+
+    def can_follow(self, num_decodes: int) -> bool:
+        """Whether a step of so many decodes can start with the tokens of the last one on the device (`run_after`)."""
+        rows = () if self.buckets is None else self.buckets.rows
+        return bool(rows) and num_decodes <= rows[-1] and self._is_captured
+
+    @cached_property
+    def _is_captured(self) -> bool:
+        plan = self.plan("decode")
+        return isinstance(plan, GraphedPlan) and plan.num_captured > 0
+
+    def run_after(self, decodes: DecodeBatch, rows: Sequence[int]) -> Logits:
+        """As `run` of the decodes of the last step, whose tokens need not be known yet."""
+        plan = self.plan("decode")
+        assert isinstance(plan, GraphedPlan), "can_follow has been asked"
+        values, greedy_ids, *_ = plan.run_after_last(self.step_inputs.make(decodes, [], rows))
+        return Logits(values, greedy_ids, tokens=plan.tokens)
 
     def _run_plan(self, plan: Runnable, num_ubatches: int, inputs: Inputs, num_tokens: int) -> list[Tensor]:
         if not self.model.pipeline_stage.is_first:

@@ -63,6 +63,11 @@ class OrderThread(Generic[Argument, Result]):
         self._calls.put((pending.run, function, argument))
         return pending
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call waits for its turn."""
+        return self._calls.empty()
+
     def close(self) -> None:
         """Ends the thread after the calls submitted before."""
         self._finalizer()

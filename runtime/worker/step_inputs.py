@@ -108,6 +108,10 @@ class StepInputs:
         self._num_padded = end
         return end
 
+    def forget(self) -> None:
+        """Fills all rows again in the next step, after one that has not run."""
+        self._decodes = None
+
     def _start_decodes(self, decodes: DecodeBatch) -> None:
         """Fills the rows of sequences that differ from those of the last decode step."""
         n, size = len(decodes), self._block_size

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sageLLM.runtime.core.model.layout import Stage
+from sageLLM.runtime.executor.token_reader import PendingTokens
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.sampling.logprobs import score_prompt
 from sageLLM.runtime.worker.block_copies import TieredPool
@@ -58,6 +59,14 @@ class Batch(NamedTuple):
         if not self.chunks:
             return self.decodes
         return [*self.decodes, *itertools.chain.from_iterable(chunk.samples for chunk in self.chunks)]
+
+
+class LaunchedStep(NamedTuple):
+    """A step of decodes that may still run, and its tokens on their way to the host."""
+
+    sampler: RowSampler
+    logits: Logits
+    tokens: PendingTokens
 
 
 class Worker:
@@ -120,6 +129,33 @@ class Worker:
         if self._tiers is not None:
             # The copies out to a tier must be complete before the engine frees their source blocks.
             self._tiers.wait()
+        return result
+
+    def launch(self, order: StepOrder, *, follows: bool) -> "LaunchedStep | None":
+        """Starts a step of greedy decodes on a GPU without waiting for it; None for any other order, to be run.
+
+        If it `follows` a launched step that is not finished, its decodes must be those of that step.
+        """
+        is_plain = order.has_decodes and order.decodes is None and not (order.dropped or order.new or order.chunks)
+        if not is_plain or order.block_copies or order.tier_copies or self._failed:
+            return None
+        decodes = self._sequences.decodes(order)
+        rows, sampler = self._decode_parts(decodes)
+        if not sampler.is_plain_greedy or sampler.constraints or not self.runner.can_follow(len(decodes)):
+            return None
+        self.begin(order)
+        try:
+            logits = self.runner.run_after(decodes, rows) if follows else self.runner.run("decode", decodes, [], rows)
+        except Exception:
+            self.runner.step_inputs.forget()
+            return None
+        assert logits is not None and logits.tokens is not None, "a captured step returns tokens"
+        return LaunchedStep(sampler, logits, logits.tokens)
+
+    def finish(self, step: "LaunchedStep") -> StepResult:
+        """Waits for the tokens of a launched step."""
+        result = StepResult([NO_TOKEN] * len(step.sampler.sequences))
+        self._sample(step.sampler, 0, step.logits, result)
         return result
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ So a buffer that is filled again before its copy was made, or read before, shows
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,12 +30,14 @@ FREE |= {"aten::resolve_conj", "aten::resolve_neg", "aten::to.dtype_layout"}
 class Event:
     def __init__(self, device: RecordedDevice) -> None:
         self._device = device
-        self._position = 0
+        self._position, self._start = 0, 0.0
 
     def record(self) -> None:
-        self._position = self._device.num_queued
+        self._position, self._start = self._device.num_queued, time.monotonic()
 
     def query(self) -> bool:
+        if time.monotonic() - self._start > self._device.step_seconds:
+            self._device.run_until(self._position)
         return self._device.num_done >= self._position
 
     def synchronize(self) -> None:
@@ -63,6 +66,7 @@ class RecordedDevice:
         self.counts: Counter[str] = Counter()
         self.num_queued = self.num_done = 0
         self.is_running = False
+        self.step_seconds = 0.01  # the time after which work is done although nothing waits for it
         self.before_wait: Callable[[], Any] = bool
         self._queue: deque[Callable[[], Any]] = deque()
         self._hosts: set[int] = set()
@@ -162,6 +166,8 @@ def llm_on(device: RecordedDevice, wrap: Mapping[str, Any] | None = None, **opti
             return execute(order)
 
     executor.execute = execute_in_order
+    if executor.lookahead is not None:
+        executor.lookahead.execute = execute_in_order
     return llm
 
 

@@ -1,8 +1,6 @@
 """The step on a GPU, on a device that records its operations: copies, waits, allocations and captures."""
 
-import itertools
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,26 +38,23 @@ def test_a_steady_decode_step_is_one_copy_in_one_replay_one_copy_out_and_one_wai
         assert counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1}
 
 
-def test_the_next_step_is_planned_while_the_device_runs_this_one() -> None:
+def test_the_next_step_is_launched_before_the_tokens_of_this_one_are_read() -> None:
+    """At every wait of a steady decode the graphs of this step and of the next one have been started."""
     device = RecordedDevice()
     llm = llm_on(device, scheduler=scheduler("time_share"), **SIZES)
-    executor = llm.engine.executor
-    submit, planned = executor.submit, threading.Semaphore(0)
-    orders, waits, is_planned = itertools.count(), itertools.count(), list[bool]()
-
-    def submit_counted(order: Any) -> Any:
-        pending = submit(order)
-        if next(orders):  # the first order is that of the step that waits first
-            planned.release()
-        return pending
+    started: list[int] = []
 
     def before_wait() -> None:
-        if next(waits) < 20:  # the last steps have no successor
-            is_planned.append(planned.acquire(timeout=10))
+        started.append(device.counts["replays"])
+        device.step_seconds = 10 if len(started) < 30 else 0.01  # the last step has no successor
 
-    executor.submit, device.before_wait = submit_counted, before_wait
-    llm.generate([[5, 7, 11]], GREEDY)
-    assert is_planned == [True] * 20
+    device.before_wait = before_wait
+    device.counts["replays"] = 0
+    [output] = llm.generate([[5, 7, 11]], GREEDY)
+    # The first wait is that of the prompt, and the first decode is launched after it.
+    assert started[2:30] == [*range(3, 31)]
+    expected = LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True).generate([[5, 7, 11]], GREEDY)
+    assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "strict"])
