@@ -98,7 +98,7 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},
                     None,
@@ -108,7 +108,7 @@ TARGETS: dict[str, Target] = {
             "varlen": (
                 Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},
                     None,
@@ -117,7 +117,7 @@ TARGETS: dict[str, Target] = {
             ),
             "linear": (
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
-                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
             ),
             "expert_linear": (
                 Configuration(
@@ -199,7 +199,7 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},
                     None,
@@ -209,7 +209,7 @@ TARGETS: dict[str, Target] = {
             "varlen": (
                 Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},
                     None,
@@ -300,7 +300,7 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 64, "BLOCK_N": 16, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},
                     None,
@@ -310,7 +310,7 @@ TARGETS: dict[str, Target] = {
             "varlen": (
                 Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},
                     None,
