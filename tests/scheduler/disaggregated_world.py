@@ -53,9 +53,13 @@ def answer_to(prompt: list[int], num_tokens: int) -> list[int]:
 
 @dataclass
 class Copy:
-    """A piece on its way, with the rows that were read for it. Over TCP the target writes, while it has the epoch."""
+    """A piece on its way, with the rows that were read for it. Over TCP the target writes, while it has the epoch.
+
+    With `step`, a step of the source that has not ended computes it.
+    """
 
     command: PushPiece
+    step: ScheduleOutput | None = None
     rows: dict[int, list[int]] = field(default_factory=dict)
     is_stopped: bool = False
     is_reported: bool = False
@@ -110,7 +114,8 @@ class World:
             )
             for role, size in zip(roles, sizes, strict=True)
         ]
-        transfer = TransferConfig(lease_s=lease_s)
+        # Over TCP pieces are handed out with the step that computes them, over memory after it.
+        transfer = TransferConfig(lease_s=lease_s, by_layer=transport == "tcp")
         self.group = DisaggregatedScheduler(self.schedulers, transfer, lambda: self.now, policy=policy)
         self.kv = [self._empty(number) for number in range(len(roles))]
         self.steps: list[list[ScheduleOutput]] = [[] for _ in roles]
@@ -196,6 +201,8 @@ class World:
             plan = scheduler.plan_ahead()
             self.tables[id(plan)] = {r.request_id: list(r.kv_block_ids) for r in _requests(plan)}
             steps.append(plan)
+            for command in self.group.hand_out_planned(number, plan.prefill_batch.chunks if plan.prefill_batch else ()):
+                self._push(command, plan)
             epoch = self.group.members[number].epoch
             if len(steps) == 1:
                 self._end_later(number, epoch)
@@ -252,8 +259,8 @@ class World:
 
     # --- copies ---
 
-    def _push(self, command: PushPiece) -> None:
-        copy = Copy(command)
+    def _push(self, command: PushPiece, step: ScheduleOutput | None = None) -> None:
+        copy = Copy(command, step)
         self.copies[command.id] = copy
         for layer in range(NUM_LAYERS):
             self.at(COPY_S * self.faults.slow * (layer + 1), lambda layer=layer: self._copy_layer(copy, layer))
@@ -266,6 +273,10 @@ class World:
             return
         if command.source in self.paused:
             self.at(COPY_S, lambda: self._copy_layer(copy, layer))
+            return
+        if copy.step is not None and any(copy.step is step for step in self.steps[command.source]):
+            self.group.renew(command.id, "source")  # it waits for the step
+            self.at(COPY_S * self.faults.slow, lambda: self._copy_layer(copy, layer))
             return
         size = self.schedulers[command.source].kv.block_size
         span = range(piece.start, piece.start + piece.num_tokens)
