@@ -2,11 +2,13 @@
 
     python benchmarks/chaos.py                                   # 800 requests and 200 kills, on the bundled tiny model
     python benchmarks/chaos.py --requests 80 --kills 8 --prefill-workers 2 --decode-workers 2 --transport tcp
+    python benchmarks/chaos.py --requests 100 --kills 20 --throttle 4mbit   # over a slow link; as root
     python benchmarks/chaos.py --simulated 1000000               # transfers with loss, duplication and reordering
     python benchmarks/chaos.py --frames 100000                   # malformed frames to a rank's port
 
 Real workers are killed by SIGKILL, or with --stop by SIGSTOP, which the engine notices by the deadline of a step.
-Simulated ones run the real schedulers and state machines under virtual time. The exit code is 1 if a request is lost,
+With --throttle the engine runs in a network namespace, whose loopback interface has this rate (tc's tbf), and copies KV
+over TCP. Simulated workers run the real schedulers and state machines under virtual time. The exit code is 1 if a request is lost,
 a token emitted twice, or a text differs.
 """
 
@@ -16,7 +18,9 @@ import argparse
 import importlib
 import os
 import random
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("--decode-workers", type=int, default=2)
     parser.add_argument("--transport", choices=["shared_memory", "tcp"], default="shared_memory")
     parser.add_argument("--by-layer", action="store_true", help="copy the layers of a chunk while it is computed")
+    parser.add_argument("--throttle", metavar="RATE", help="rate of the link, in a network namespace, such as 4mbit")
     parser.add_argument("--stop", action="store_true", help="stop workers instead of killing them")
     parser.add_argument("--simulated", type=int, metavar="TRANSFERS")
     parser.add_argument("--frames", type=int)
@@ -45,7 +50,19 @@ def main() -> None:
         sys.exit(simulate(options.simulated, options.seed))
     if options.frames is not None:
         sys.exit(send_frames(options.frames, options.seed))
+    if options.throttle is not None:
+        sys.exit(run_throttled(options.throttle))
     sys.exit(kill_workers(options))
+
+
+def run_throttled(rate: str) -> int:
+    """Runs this command again in a network namespace with a slow loopback interface."""
+    link = f"ip link set lo up && tc qdisc add dev lo root tbf rate {shlex.quote(rate)} burst 64kb latency 2s"
+    at = sys.argv.index("--throttle")
+    command = [sys.executable, *sys.argv[:at], *sys.argv[at + 2 :], "--transport", "tcp"]
+    return subprocess.run(
+        ["unshare", "--net", "sh", "-c", f"{link} && exec {shlex.join(command)}"], check=False
+    ).returncode
 
 
 def kill_workers(options: argparse.Namespace) -> int:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sageLLM.runtime.cli.deploy_file import find_placement
+from sageLLM.runtime.deploy.dynamo import dynamo_processes
 from sageLLM.runtime.deploy.kubernetes import manifests
 from sageLLM.runtime.deploy.launch import as_script, host_processes, local_processes
 from sageLLM.runtime.deploy.local import run_processes
 from sageLLM.runtime.deploy.placement import DeployError, Placement
 from sageLLM.runtime.deploy.ray_job import ray_job
 
-Target = Literal["local", "torchrun", "kubernetes", "ray"]
+Target = Literal["local", "torchrun", "kubernetes", "dynamo", "ray"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ def render_target(placement: Placement, target: Target, source: str) -> str:
             return as_script(host_processes(placement))
         case "kubernetes":
             return _rendered("deploy/kubernetes.yaml.jinja", view=manifests(placement), source=source)
+        case "dynamo":
+            return as_script(dynamo_processes(placement))
         case "ray":
             return _rendered("deploy/ray_job.py.jinja", view=ray_job(placement), source=source)
 

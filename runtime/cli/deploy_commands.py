@@ -11,7 +11,7 @@ from sageLLM.runtime.cli.plan_request import PlanRequest
 def deploy(
     spec: Annotated[str, typer.Argument(help="A deployment of specs/deploy, or a .yaml file with schema: deploy/v1.")],
     target: Annotated[
-        Literal["local", "torchrun", "kubernetes", "ray"], typer.Option(help="The kind of output.")
+        Literal["local", "torchrun", "kubernetes", "dynamo", "ray"], typer.Option(help="The kind of output.")
     ] = "local",
     start: Annotated[bool, typer.Option("--start", help="Run the processes of --target local, until Ctrl-C.")] = False,
 ) -> None:

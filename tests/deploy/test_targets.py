@@ -37,6 +37,7 @@ def written(folder: Path, text: str) -> Placement:
         ("tiny", "local"),
         ("attention_ffn", "local"),
         ("prefill_decode", "local"),
+        ("prefill_decode", "dynamo"),
         ("two_hosts", "torchrun"),
         ("two_hosts", "kubernetes"),
         ("two_hosts", "ray"),
@@ -66,9 +67,10 @@ def options_of(command: str) -> set[str]:
 def command_lines(placement: Placement) -> list[list[str]]:
     """The commands of all targets that the deployment has, from `sagellm` on."""
     lines = []
-    for target in ("local", "torchrun"):
+    targets = ["local", "torchrun", *(["dynamo"] if all(role.nodes == 1 for role in placement.roles.values()) else [])]
+    for target in targets:
         text = render_target(placement, target, "it")  # type: ignore[arg-type]
-        lines += [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
+        lines += [shlex.split(line) for line in text.splitlines() if not line.startswith("#") and "sagellm" in line]
     for one in read_manifests(render_target(placement, "kubernetes", "it")):
         if isinstance(one, LeaderWorkerSet):
             group = one.spec.leader_worker_template
@@ -138,6 +140,12 @@ def test_a_deployment_that_no_engine_has_is_refused(tmp_path: Path, roles: str, 
     secrets = "secrets: {cluster_key: {name: a, key: b}}\n"
     with pytest.raises(DeployError, match=message):
         render_target(written(tmp_path, f"roles: {{{roles}}}\n{secrets}"), "local", "it")
+
+
+def test_a_worker_of_dynamo_is_on_one_host() -> None:
+    placement, source = find_placement("two_hosts")
+    with pytest.raises(DeployError, match="two_hosts: a worker of Dynamo is on one host; set `nodes: 1`"):
+        render_target(placement, "dynamo", source)
 
 
 def test_hosts_of_an_engine_require_a_common_key(tmp_path: Path) -> None:
