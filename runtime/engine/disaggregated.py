@@ -23,10 +23,12 @@ from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.batch import Chunk
-from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler, LoadFailurePolicy, PieceId, PushPiece
+from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler
+from sageLLM.runtime.scheduler.group_transfers import LoadFailurePolicy
 from sageLLM.runtime.scheduler.member import WorkerStatus
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.scheduler.transfer_commands import PieceId, PushPiece
 from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.worker.executor import StepResults

@@ -57,8 +57,8 @@ from sageLLM.runtime.loader.sentence_transformers import model_folder, read_reci
 from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVBudget
-from sageLLM.runtime.scheduler.disaggregated import LoadFailurePolicy
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
+from sageLLM.runtime.scheduler.group_transfers import LoadFailurePolicy
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe

@@ -12,7 +12,7 @@ from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.engine.arguments import Backend, check_count, choose_backend, choose_node, parse_af
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
-from sageLLM.runtime.scheduler.disaggregated import LoadFailurePolicy
+from sageLLM.runtime.scheduler.group_transfers import LoadFailurePolicy
 from sageLLM.runtime.worker.kv_group import TransportName
 from sageLLM.runtime.worker.node import Node
 

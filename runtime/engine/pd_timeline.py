@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sageLLM.runtime.scheduler.disaggregated import PieceId, PushPiece
 from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.scheduler.transfer_commands import PieceId, PushPiece
 
 STEPS, TRANSFERS = 0, 1
 """The threads of a worker."""

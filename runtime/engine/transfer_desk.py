@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sageLLM.runtime.scheduler.disaggregated import CancelPiece, DisaggregatedScheduler, PieceId, PushPiece
+from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler
+from sageLLM.runtime.scheduler.transfer_commands import CancelPiece, PieceId, PushPiece
 from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.transport.handle import End, Handle, PieceKey, SignedHandle, sign
 from sageLLM.runtime.transport.shards import routes_between

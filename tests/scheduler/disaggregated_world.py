@@ -16,16 +16,12 @@ from typing import Literal
 
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.batch import ScheduleOutput
-from sageLLM.runtime.scheduler.disaggregated import (
-    CancelPiece,
-    DisaggregatedScheduler,
-    LoadFailurePolicy,
-    PieceId,
-    PushPiece,
-)
+from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler
+from sageLLM.runtime.scheduler.group_transfers import LoadFailurePolicy
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.transfer import TransferConfig
+from sageLLM.runtime.scheduler.transfer_commands import CancelPiece, PieceId, PushPiece
 
 Transport = Literal["memory", "tcp"]
 STEP_S, COPY_S, MESSAGE_S, RESTART_S, LEASE_S = 0.02, 0.01, 0.001, 1.0, 0.5
