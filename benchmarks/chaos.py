@@ -8,8 +8,8 @@
 
 Real workers are killed by SIGKILL, or with --stop by SIGSTOP, which the engine notices by the deadline of a step.
 With --throttle the engine runs in a network namespace, whose loopback interface has this rate (tc's tbf), and copies KV
-over TCP. Simulated workers run the real schedulers and state machines under virtual time. The exit code is 1 if a request is lost,
-a token emitted twice, or a text differs.
+over TCP. Simulated workers run the real schedulers and state machines under virtual time. The exit code is 1 if a
+request is lost, a token emitted twice, or a text differs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Command lines of a deployment behind the frontend of NVIDIA Dynamo, on one machine with file discovery."""
+"""Command lines of a deployment with the frontend of NVIDIA Dynamo, on one machine with file discovery."""
 
 from sageLLM.runtime.deploy.launch import Process, engines, flags
 from sageLLM.runtime.deploy.placement import LOCAL_HOST, DeployError, Placement

@@ -132,8 +132,8 @@ class ScheduleOutput:
     `num_cached_tokens` maps each request admitted in this step to its number of leading tokens found in the prefix
     cache; they are not computed.
 
-    `requeued_requests` lost their KV since the last step, because they have outgrown it (`SequenceLimits.switch_len`);
-    unlike preempted ones they may be in this step again.
+    `requeued_requests` lost their KV since the last step, because they have outgrown it (`SequenceLimits.switch_len`),
+    or because it could not be transferred; unlike preempted ones they may be in this step again.
 
     `block_copies`, then `tier_copies`, run before everything else of the step. A preempted request is swapped if a
     copy takes its KV from the device, otherwise it is recomputed. A copy between tiers counts as done when the step is

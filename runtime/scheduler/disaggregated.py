@@ -1,9 +1,9 @@
 """Scheduler of prefill and decode workers, each of which steps at its own pace (DistServe, arXiv 2401.09670).
 
 Each worker has a `PDScheduler` of one role. `Placement` decides which worker serves a request, and `GroupTransfers`
-when its KV is copied and what happens after a failure. Nothing is copied here: `dispatch` returns commands, and the methods
-under "answers" take what the transport reports. No tensors, no threads, and an injected clock: simulations run it as it
-is.
+when its KV is copied and what happens after a failure. Nothing is copied here: `dispatch` returns commands, and the
+methods under "answers" take what the transport reports. No tensors, no threads, and an injected clock: simulations run
+it as it is.
 
     waiting on a prefill worker -> prefilling, its blocks on a decode worker reserved, finished chunks being copied ->
     prefilled -> every piece received and verified -> decoding

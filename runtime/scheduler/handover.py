@@ -127,8 +127,9 @@ class Handover:
         self._kv.forget(request)
 
     def recompute(self, request: Request) -> None:
-        """Let a prefilled request wait to be computed again."""
+        """Let a prefilled request wait to be computed again; the worker must replace its block table."""
         self._lifecycle.requeue_between_steps(request)
+        self._steps.next_plan.requeued.append(request)
 
     def withdraw(self, request: Request) -> None:
         """Let a waiting request without KV leave; another scheduler accepts it as a new one."""

@@ -116,6 +116,7 @@ class World:
         self.kv = [self._empty(number) for number in range(len(roles))]
         self.steps: list[list[ScheduleOutput]] = [[] for _ in roles]
         self.tables: dict[int, dict[str, list[int]]] = {}
+        self.known: list[dict[str, list[int]]] = [{} for _ in roles]
         self.copies: dict[PieceId, Copy] = {}
         self._live: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -186,7 +187,8 @@ class World:
         for request, reason in self.group.take_unservable():
             self.reasons[request.request_id] = reason
             self.group.abort_request(request.request_id)
-        self.group.take_moves()
+        for number, name in self.group.take_moves():
+            self.known[number].pop(name, None)
         for member in self.group.members:
             if member.is_up and member.number not in self.paused:
                 self._plan(member.number)
@@ -195,7 +197,7 @@ class World:
         scheduler, steps = self.schedulers[number], self.steps[number]
         while len(steps) < 2 and scheduler.can_plan:
             plan = scheduler.plan_ahead()
-            self.tables[id(plan)] = {r.request_id: list(r.kv_block_ids) for r in _requests(plan)}
+            self.tables[id(plan)] = self._send_tables(number, plan)
             steps.append(plan)
             for command in self.group.hand_out_planned(number, plan.prefill_batch.chunks if plan.prefill_batch else ()):
                 self._push(command, plan)
@@ -204,6 +206,16 @@ class World:
                 self._end_later(number, epoch)
             if plan.is_empty:
                 break
+
+    def _send_tables(self, number: int, plan: ScheduleOutput) -> dict[str, list[int]]:
+        """The block tables that the worker has in this step: it gets only the blocks that it does not have."""
+        known = self.known[number]
+        for request in (*plan.preempted_requests, *plan.requeued_requests):
+            known.pop(request.request_id, None)
+        for request in _requests(plan):
+            table = known.setdefault(request.request_id, [])
+            table += request.kv_block_ids[len(table) :]
+        return {request.request_id: list(known[request.request_id]) for request in _requests(plan)}
 
     def _end_later(self, number: int, epoch: int) -> None:
         self.at(STEP_S * self.draw.uniform(0.5, 1.5), lambda: self._end_step(number, epoch))
@@ -369,6 +381,7 @@ class World:
             return
         self.paused.discard(number)
         self.steps[number].clear()
+        self.known[number].clear()
         self.kv[number] = self._empty(number) if self.transport == "tcp" else self.kv[number]
         self.group.lose_worker(number)
         self.pump()
