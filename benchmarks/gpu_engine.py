@@ -51,9 +51,12 @@ def ranks(table: Table) -> None:
         table.add("two ranks", lambda: {"skipped": f"{torch.cuda.device_count()} GPUs"})
         return
     with checkpoint(LLAMA_1B, 4096) as folder:
-        table.add(
-            "1B, two ranks", lambda: rates(table, "1B", load(table, folder, tensor_parallel_size=2), (1, 32), 128)
-        )
+        table.add("1B, two ranks", lambda: two_ranks(table, folder))
+
+
+def two_ranks(table: Table, folder: Path) -> dict[str, Any]:
+    with loaded(table, folder, tensor_parallel_size=2) as llm:
+        return rates(table, "", llm, (1, 32), 128)
 
 
 def measure_model(table: Table, name: str, folder: Path, batches: tuple[int, ...], num_tokens: int) -> None:
@@ -63,26 +66,32 @@ def measure_model(table: Table, name: str, folder: Path, batches: tuple[int, ...
 
     def measure(*, eager: bool) -> dict[str, Any]:
         start = time.perf_counter()
-        llm = load(table, folder, enforce_eager=eager)
-        figures = {"load_s": time.perf_counter() - start, "kv": str(llm.kv_cache_size)}
-        figures |= rates(table, name, llm, batches, num_tokens)
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        outputs = llm.generate([prompt(0, b, 16) for b in range(3)], params)
-        tokens["eager" if eager else "graphs"] = [output.outputs[0].token_ids for output in outputs]
-        llm.close()
+        with loaded(table, folder, enforce_eager=eager) as llm:
+            figures = {"load_s": time.perf_counter() - start, "kv": str(llm.kv_cache_size)}
+            figures |= rates(table, name, llm, batches, num_tokens)
+            params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+            outputs = llm.generate([prompt(0, b, 16) for b in range(3)], params)
+            tokens["eager" if eager else "graphs"] = [output.outputs[0].token_ids for output in outputs]
         return figures
 
     table.add(f"{title}, CUDA graphs", lambda: measure(eager=False))
-    gc.collect()
     table.add(f"{title}, without graphs", lambda: measure(eager=True))
-    gc.collect()
     table.add(f"{title}, tokens", lambda: {"are_equal": tokens["eager"] == tokens["graphs"]})
 
 
-def load(table: Table, folder: Path, **options: Any) -> LLM:
-    dry = {"num_kv_blocks": 64} if table.is_dry else {}
-    kernels = "triton"
-    return LLM(model=folder, device=table.device.type, dtype="bfloat16", kernels=kernels, **dry, **options)
+@contextmanager
+def loaded(table: Table, folder: Path, **options: Any) -> Iterator[LLM]:
+    """An engine with less than half of the memory, which is free again after the block."""
+    size: dict[str, Any] = {"num_kv_blocks": 64} if table.is_dry else {"gpu_memory_utilization": 0.45}
+    llm = LLM(model=folder, device=table.device.type, dtype="bfloat16", kernels="triton", **size, **options)
+    try:
+        yield llm
+    finally:
+        llm.close()
+        del llm
+        gc.collect()
+        if not table.is_dry:
+            torch.cuda.empty_cache()
 
 
 def rates(table: Table, name: str, llm: LLM, batches: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
@@ -120,24 +129,27 @@ def profile(table: Table, name: str, folder: Path, batch: int) -> None:
     """Steps of decodes by kernel: time of kernels, gaps between them, and the time of the host by call."""
 
     def measure() -> dict[str, Any]:
-        llm = load(table, folder, async_scheduling=False)
-        params = SamplingParams(max_tokens=64 if not table.is_dry else 8, temperature=0.0, ignore_eos=True)
-        for b in range(batch):
-            llm.engine.add(str(b), None, prompt(0, b, 16), params)
-        for _ in range(4):
-            llm.engine.step()
-        steps = 10 if not table.is_dry else 2
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        activities += [] if table.is_dry else [torch.profiler.ProfilerActivity.CUDA]
-        start = time.perf_counter()
-        with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(steps):
+        with loaded(table, folder, async_scheduling=False) as llm:
+            params = SamplingParams(max_tokens=64 if not table.is_dry else 8, temperature=0.0, ignore_eos=True)
+            for b in range(batch):
+                llm.engine.add(str(b), None, prompt(0, b, 16), params)
+            for _ in range(4):
                 llm.engine.step()
-            table.synchronize()
-        seconds = time.perf_counter() - start
-        return step_figures(profiler.events(), steps, seconds)
+            return profiled(table, llm, 10 if not table.is_dry else 2)
 
     table.add(f"{name}, profiled step of {batch}", measure)
+
+
+def profiled(table: Table, llm: LLM, steps: int) -> dict[str, Any]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [] if table.is_dry else [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            llm.engine.step()
+        table.synchronize()
+        seconds = time.perf_counter() - start
+    return step_figures(profiler.events(), steps, seconds)
 
 
 def step_figures(events: Any, steps: int, seconds: float) -> dict[str, Any]:
