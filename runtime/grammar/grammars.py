@@ -17,6 +17,17 @@ JSON_OBJECT = '{"type": "object"}'
 
 def grammar_text(params: StructuredOutputsParams) -> str:
     """The grammar in llguidance's form. Raises SamplingParamsError for what llguidance could not enforce."""
+    text = _form_text(params)
+    return text if params.before is None else _joined(params.before, text)
+
+
+def _joined(before: str, form: str) -> str:
+    """A list of grammars, in which the first one calls the form by its name."""
+    grammars = json.loads(form)["grammars"] if form.lstrip().startswith("{") else [{"lark_grammar": form}]
+    return json.dumps({"grammars": [{"lark_grammar": before}, grammars[0] | {"name": "form"}, *grammars[1:]]})
+
+
+def _form_text(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
     if params.regex is not None:

@@ -23,8 +23,8 @@ class StructuredOutputsParams:
     `json` is a JSON schema and `structural_tag` an object with `structures` and `triggers`, each as an object or as
     text; both are stored as text. `grammar` is in the Lark dialect of llguidance, or in GBNF. The JSON of `json` and
     `json_object` contains no whitespace with `disable_any_whitespace`, or that of the regex `whitespace_pattern`.
-    `disable_additional_properties` closes every object of the schema that declares properties. Raises
-    SamplingParamsError.
+    `disable_additional_properties` closes every object of the schema that declares properties. `before` is the server's:
+    a grammar in the Lark dialect of what precedes the form, which it calls `@form`. Raises SamplingParamsError.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -36,6 +36,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
     disable_additional_properties: bool = False
+    before: str | None = None
 
     def __post_init__(self) -> None:
         kinds = [name for name in KINDS if getattr(self, name) not in (None, False)]
@@ -60,7 +61,7 @@ class StructuredOutputsParams:
         """The parameters in a request's body. Raises SamplingParamsError, also for an unknown name."""
         if not isinstance(values, Mapping):
             raise _error(f"must be an object, got {_kind(values)}")
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls) if f.name != "before"]
         for name in values:
             if name not in known:
                 raise _error(f"must have only the fields {', '.join(known)}, got {str(name)[:60]!r}")

@@ -66,10 +66,10 @@ async def prepare(
     if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens >= 0:
         ids = ids[-body.truncate_prompt_tokens :] if body.truncate_prompt_tokens else []
     check_length(len(ids), params.max_tokens, service.ready, param)
-    if use.is_forced:  # the grammar depends on the prompt, which may have opened reasoning
-        params = service.constrain(params, use, text)
-        await service.check_grammar(params)
-    return EnginePrompt(text, ids, params, service.kept_ids(use))
+    constrained = service.constrain(params, use, text)  # depends on the prompt, which may have opened reasoning
+    if constrained is not params:
+        await service.check_grammar(constrained)
+    return EnginePrompt(text, ids, constrained, service.kept_ids(use))
 
 
 def num_chars(messages: list[Any]) -> int:

@@ -76,6 +76,31 @@ class CallParser:
                     yield ParsedText(tool_calls=[_entry(event)])
 
 
+class FormParser:
+    """Reasoning by the dialect's parser, and then structured output, in which nothing is a mark."""
+
+    has_called = False
+
+    def __init__(self, parser: CallParser) -> None:
+        self._parser: CallParser | None = parser
+        self.is_reasoning = parser.is_reasoning
+
+    def feed(self, text: str) -> list[ParsedText]:
+        parts: list[ParsedText] = []
+        for position, char in enumerate(text):
+            if self._parser is None:
+                return [*parts, ParsedText(content=text[position:])]
+            parts += self._parser.feed(char)
+            self.is_reasoning = self._parser.is_reasoning
+            if parts and parts[-1].content:
+                parts += self.finish()
+        return parts
+
+    def finish(self) -> list[ParsedText]:
+        parser, self._parser = self._parser, None
+        return [] if parser is None else parser.finish()
+
+
 def _entry(event: Event) -> dict[str, Any]:
     """The first entry of a call has its id and name, further ones have pieces of the arguments."""
     if isinstance(event, CallStart):

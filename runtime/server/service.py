@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from sageLLM import __version__
-from sageLLM.runtime.core.dialects.grammar import Constraint
+from sageLLM.runtime.core.dialects.grammar import Constraint, reasoning_grammar
 from sageLLM.runtime.core.dialects.model import Dialect
 from sageLLM.runtime.core.dialects.parser import DialectParser
 from sageLLM.runtime.engine.chat import ChatPrompts
@@ -36,7 +36,7 @@ from sageLLM.runtime.server.exchange import ClientGoneError, Exchange
 from sageLLM.runtime.server.generation import Generation, Traits
 from sageLLM.runtime.server.messages import Load, Ready
 from sageLLM.runtime.server.metrics import Metrics
-from sageLLM.runtime.server.output_parser import CallParser, OutputParser, PlainParser
+from sageLLM.runtime.server.output_parser import CallParser, FormParser, OutputParser, PlainParser
 from sageLLM.runtime.server.prompts import EnginePrompt
 from sageLLM.runtime.server.settings import ServerSettings
 from sageLLM.runtime.server.tools import ToolUse, forced_calls
@@ -180,17 +180,17 @@ class Service:
     def make_parser(self, tools: ToolUse, prompt: EnginePrompt) -> OutputParser:
         """The parser of a chat answer, by the dialects of the checkpoint; calls are text unless there are tools.
 
-        An answer of structured output begins with it, also if the prompt has opened reasoning.
+        Structured output after reasoning is content as it is.
         """
-        if prompt.params.structured_outputs is not None and not tools.is_forced:
-            return PlainParser()
-        calls = self.dialects.calls if tools.may_call else None
+        has_form = prompt.params.structured_outputs is not None and not tools.is_forced
+        calls = self.dialects.calls if tools.may_call and not has_form else None
         reasoning, skip = self.dialects.reasoning, self.dialects.skip
-        if calls is None and reasoning is None and not skip:
+        if calls is None and reasoning is None and (has_form or not skip):
             return PlainParser()
         is_open = self.opened_reasoning(prompt.text)
         parser = DialectParser(calls, reasoning, skip, tools=tools.schemas, in_reasoning=is_open)
-        return CallParser(parser, in_reasoning=is_open, max_calls=None if tools.is_parallel else 1)
+        found = CallParser(parser, in_reasoning=is_open, max_calls=None if tools.is_parallel else 1)
+        return FormParser(found) if has_form else found
 
     def opened_reasoning(self, prompt: str | None) -> bool:
         """Whether the prompt ends with the mark before reasoning."""
@@ -202,20 +202,23 @@ class Service:
         return frozenset(self._special_marks[tools.may_call].values())
 
     def constrain(self, params: SamplingParams, tools: ToolUse, prompt: str) -> SamplingParams:
-        """The parameters with the grammar of forced calls. Raises ApiError 400."""
-        calls = self.dialects.calls
-        if not tools.is_forced or calls is None:
-            return params
-        if params.structured_outputs is not None:
+        """The parameters with the grammar of forced calls, or of reasoning before a form. Raises ApiError 400."""
+        calls, reasoning, form = self.dialects.calls, self.dialects.reasoning, params.structured_outputs
+        if tools.is_forced and form is not None:
             raise ApiError(400, "a forced call cannot be combined with structured output", "tool_choice")
         constraint = Constraint(
             {},
-            special_ids=self._special_marks[True],
+            special_ids=self._special_marks[tools.may_call],
             end_ids=self.eos_ids,
-            reasoning=self.dialects.reasoning,
+            reasoning=reasoning,
             in_reasoning=self.opened_reasoning(prompt),
         )
-        return replace(params, structured_outputs=forced_calls(calls, tools, constraint))
+        if tools.is_forced and calls is not None:
+            return replace(params, structured_outputs=forced_calls(calls, tools, constraint))
+        if form is None or reasoning is None:
+            return params
+        before = reasoning_grammar(constraint, self.dialects.skip, "@form")
+        return replace(params, structured_outputs=replace(form, before=before))
 
     def _find_special_marks(self, with_calls: bool) -> dict[str, int]:
         if self.tokenizer is None:

@@ -14,7 +14,10 @@ from servers import NAME, ScriptedChannel, TestServer, running, tokenizer
 
 from sageLLM.generated.dialects import DIALECTS
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 from sageLLM.runtime.server.dialects import choose_dialects
+from sageLLM.runtime.server.tools import ToolUse
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
@@ -178,12 +181,56 @@ def test_a_prompt_that_opens_reasoning(scripted: Scripted) -> None:
     assert (message.reasoning, message.content, len(message.tool_calls)) == ("Hm.", None, 1)
 
 
-def test_a_structured_answer_is_content(scripted: Scripted) -> None:
-    """Also after a prompt that has opened reasoning: the grammar holds from the first token on."""
+def test_a_structured_answer_follows_the_reasoning(scripted: Scripted) -> None:
+    """In the form itself nothing is a mark."""
     fields = {"tools": None, "response_format": {"type": "json_object"}}
-    opened = {"chat_template_kwargs": {"open_reasoning": True}}
-    message = scripted.chat('{"a": "<think>"}', **fields, extra_body=opened).choices[0].message
-    assert (message.content, message.reasoning) == ('{"a": "<think>"}', None)
+    form = '{"a": "<think>", "b": "</think><tool_call>"}'
+
+    def parts(text: str, **variables: bool) -> tuple[str | None, str | None]:
+        found = joined(scripted.chat(text, stream=True, **fields, extra_body={"chat_template_kwargs": variables}))
+        message = scripted.chat(text, **fields, extra_body={"chat_template_kwargs": variables}).choices[0].message
+        assert (message.content or "", message.reasoning or "") == (found["content"], found["reasoning"])
+        return message.reasoning, message.content
+
+    assert parts(form) == (None, form)
+    assert parts(f"<think>\nHm. {{}}\n</think>\n\n{form}") == ("Hm. {}", form)
+    assert parts(f"Hm.\n</think>\n\n{form}", open_reasoning=True) == ("Hm.", form)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+        {"regex": "[0-9]+"},
+        {"choice": ["yes", "no"]},
+        {"grammar": 'start: "x" tail\ntail: "y"'},
+        {"json_object": True},
+        {"structural_tag": {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}]}},
+    ],
+)
+def test_the_grammar_begins_after_the_reasoning(scripted: Scripted, form: dict[str, Any]) -> None:
+    """For every kind of form, and for a prompt that has opened the reasoning or not."""
+    texts = {"json": '{"a": 1}', "regex": "12", "choice": "no", "grammar": "xy", "json_object": "{}"}
+    text = texts.get(next(iter(form)), "free text <f>1</f>")
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
+    service, use = scripted.server.service, ToolUse()
+    assert service.grammars is not None
+    free = "structural_tag" in form
+
+    def admits(answer: str, prompt: str) -> bool:
+        found = service.constrain(params, use, prompt).structured_outputs
+        assert found is not None and service.grammars is not None
+        matcher = service.grammars.matcher(found, service.eos_ids)
+        ids = [*tokenizer().encode(answer, add_special_tokens=False), *sorted(service.eos_ids)[:1]]
+        return bool(matcher.consume_tokens(ids)) and matcher.is_stopped()
+
+    for thought in ("", "So. {}</thin", "a\n\nb"):
+        assert admits(f"<think>\n{thought}\n</think>\n\n{text}", "user:")
+        assert admits(f"{thought}\n</think>\n\n{text}", "user:<think>")
+    assert admits(text, "user:")
+    assert not admits(text, "user:<think>"), "the reasoning is not closed"
+    assert free or not admits(f"Well, {text}", "user:")
+    assert free or not admits(f"<think>\na\n</think>\n\nWell, {text}", "user:")
 
 
 def test_an_answer_that_is_cut_keeps_the_reason(scripted: Scripted) -> None:

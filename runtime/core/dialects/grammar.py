@@ -22,6 +22,7 @@ from sageLLM.runtime.core.dialects.writer import python_text
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """The whitespace of JSON as chat templates write it, so that a call cannot be drawn out."""
 ANYTHING = "/(?s:.*)/"
+MAX_SKIPPED = 3
 ANNOTATIONS = frozenset({"$schema", "$comment", "title", "description", "default", "examples", "deprecated"})
 _OBJECT_KEYS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 _TEXT_KEYS = ANNOTATIONS | {"type", "enum", "const"}
@@ -61,15 +62,32 @@ def call_grammar(calls: Calls, constraint: Constraint) -> str:
     return _Grammar(calls, constraint).text()
 
 
+def reasoning_grammar(constraint: Constraint, skip: Sequence[str], following: str) -> str:
+    """The dialect's reasoning, up to MAX_SKIPPED of its marks to skip, and then the grammar of the name `following`."""
+    return _Grammar(None, constraint).before(skip, following)
+
+
 class _Grammar:
     """The rules of one grammar."""
 
-    def __init__(self, calls: Calls, constraint: Constraint) -> None:
-        self._calls, self._constraint = calls, constraint
+    def __init__(self, calls: Calls | None, constraint: Constraint) -> None:
+        self._given, self._constraint = calls, constraint
         self._rules: list[str] = []
         self._uses_python = False
         marks = sorted(constraint.special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+
+    @property
+    def _calls(self) -> Calls:
+        assert self._given is not None, "a grammar of calls has a dialect of calls"
+        return self._given
+
+    def before(self, skip: Sequence[str], following: str) -> str:
+        ends = {text for text, one in self._constraint.special_ids.items() if one in self._constraint.end_ids}
+        marks = [self._terms(mark) for mark in skip if not any(end in mark for end in ends)]
+        skipped = f"({' | '.join(f'({mark})' for mark in marks)}){{0,{MAX_SKIPPED}}}" if marks else ""
+        start = " ".join(part for part in (self._thoughts(), skipped, following) if part)
+        return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
     def text(self) -> str:
         form = self._calls.forms[0]
