@@ -15,7 +15,7 @@ from sageLLM.runtime.engine.requests import check_kv_room, stop_rules, validate_
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits, Sequence, make_group
 from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
-from sageLLM.runtime.grammar.compiler import GrammarCompiler
+from sageLLM.runtime.grammar.compiler import GrammarCompiler, TokenizerText
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
@@ -182,6 +182,11 @@ class Engine:
     def add_eos_ids(self, token_ids: frozenset[int]) -> None:
         """Further ids that end an answer, for an engine without the tokenizer that knows them."""
         self._eos_ids |= frozenset(token_id for token_id in token_ids if token_id < self.model.config.V)
+
+    def prepare_grammars(self, tokenizer: TokenizerText) -> None:
+        """Prepares the vocabulary of grammars, for which a step would wait otherwise."""
+        if self._grammars is not None:
+            self._grammars.prepare(self._eos_ids, tokenizer)
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -11,6 +11,7 @@ from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
 from sageLLM.runtime.engine.sequences import Sequence as Answer
 from sageLLM.runtime.errors import EngineError
+from sageLLM.runtime.grammar.compiler import TokenizerText
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
@@ -72,6 +73,10 @@ class EngineGroup(Engine):
     def add_eos_ids(self, token_ids: frozenset[int]) -> None:
         for engine in self.engines:
             engine.add_eos_ids(token_ids)
+
+    def prepare_grammars(self, tokenizer: TokenizerText) -> None:
+        for engine in self.engines:
+            engine.prepare_grammars(tokenizer)
 
     @property
     def eos_ids(self) -> frozenset[int]:

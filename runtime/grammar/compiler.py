@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sageLLM.runtime.errors import SamplingParamsError
+from sageLLM.runtime.errors import SageError, SamplingParamsError
 from sageLLM.runtime.grammar.grammars import grammar_text
 from sageLLM.runtime.grammar.matcher import Matcher
 from sageLLM.runtime.sampling.structured_outputs import FIELD, StructuredOutputsParams
@@ -18,16 +19,24 @@ MAX_COMPILED = 256
 MAX_REASON_LEN = 500
 
 
+class TokenizerText(NamedTuple):
+    """The content of a tokenizer.json, and its number of tokens."""
+
+    json: str
+    num_tokens: int
+
+
 class GrammarCompiler:
     """The compiled grammars of one model. Its methods can be called in any thread.
 
-    The vocabulary is prepared with the first grammar, which takes a second for 128k tokens.
+    The vocabulary is prepared by `prepare` or with the first grammar, which takes seconds for 128k tokens.
     """
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
         """`tokenizer` is that of the folder; without it the first grammar reads it."""
         self.vocab_size = vocab_size
         self._folder, self._tokenizer = folder, tokenizer
+        self._text: TokenizerText | None = None
         self._vocabularies: dict[tuple[int, ...], Any] = {}
         self._compiled: OrderedDict[tuple[StructuredOutputsParams, tuple[int, ...]], Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -52,6 +61,12 @@ class GrammarCompiler:
                     self._compiled.popitem(last=False)
         copy: Matcher = found.deep_copy()
         return copy
+
+    def prepare(self, eos_ids: Iterable[int], tokenizer: TokenizerText | None = None) -> None:
+        """Prepares the vocabulary, by the tokenizer or by that of the folder; nothing if llguidance cannot."""
+        self._text = tokenizer or self._text
+        with suppress(ImportError, SageError):
+            self._vocabulary(tuple(sorted(eos_ids)))
 
     def check(self, params: StructuredOutputsParams, eos_ids: Iterable[int]) -> None:
         """Compiles the grammar. Raises what `matcher` raises."""
@@ -78,17 +93,21 @@ class GrammarCompiler:
 
         with self._lock:
             if eos_ids not in self._vocabularies:
-                tokenizer = self._tokenizer = self._tokenizer or Tokenizer.from_folder(self._folder)
+                tokenizer = self._text = self._text or self._read()
                 # A tokenizer may have more tokens than the model, and the other way round.
-                self.num_mask_tokens = max(self.vocab_size, tokenizer.vocab_size)
+                self.num_mask_tokens = max(self.vocab_size, tokenizer.num_tokens)
                 try:
-                    vocabulary = LLTokenizer(tokenizer.to_json(), self.num_mask_tokens, list(eos_ids))
+                    vocabulary = LLTokenizer(tokenizer.json, self.num_mask_tokens, list(eos_ids))
                 except Exception as error:
                     raise SamplingParamsError(
                         f"{FIELD} requires a tokenizer that llguidance can read: {error}", FIELD
                     ) from None
                 self._vocabularies[eos_ids] = vocabulary
             return self._vocabularies[eos_ids]
+
+    def _read(self) -> TokenizerText:
+        tokenizer = self._tokenizer or Tokenizer.from_folder(self._folder)
+        return TokenizerText(tokenizer.to_json(), tokenizer.vocab_size)
 
 
 def _reason(error: str) -> str:

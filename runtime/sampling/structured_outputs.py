@@ -23,8 +23,9 @@ class StructuredOutputsParams:
     `json` is a JSON schema and `structural_tag` an object with `structures` and `triggers`, each as an object or as
     text; both are stored as text. `grammar` is in the Lark dialect of llguidance, or in GBNF. The JSON of `json` and
     `json_object` contains no whitespace with `disable_any_whitespace`, or that of the regex `whitespace_pattern`.
-    `disable_additional_properties` closes every object of the schema that declares properties. `before` is the server's:
-    a grammar in the Lark dialect of what precedes the form, which it calls `@form`. Raises SamplingParamsError.
+    `disable_additional_properties` closes every object of the schema that declares properties. `before` is set by the
+    server: a grammar in the Lark dialect of what precedes the form, with the form as `@form`. Raises
+    SamplingParamsError.
     """
 
     json: str | Mapping[str, Any] | None = None

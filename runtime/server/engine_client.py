@@ -24,7 +24,7 @@ from sageLLM.runtime.server.messages import (
     Ready,
     Refused,
     Rejected,
-    SetEos,
+    SetTokenizer,
     Step,
     StepFailed,
     Submit,
@@ -81,7 +81,7 @@ class EngineClient:
         self._inboxes: dict[str, Inbox] = {}
         self._embeddings: dict[str, asyncio.Future[list[bytes]]] = {}
         self._started: asyncio.Future[Ready] | None = None
-        self._eos_ids: list[int] = []
+        self._tokenizer: SetTokenizer | None = None
         self._restarting: asyncio.Task[None] | None = None
         self.state: State = "starting"
         self.ready: Ready | None = None
@@ -112,8 +112,8 @@ class EngineClient:
         except BaseException:
             await channel.close()
             raise
-        if self._eos_ids:
-            channel.send(SetEos(self._eos_ids))
+        if self._tokenizer is not None:
+            channel.send(self._tokenizer)
         self.state = "ready"
         return ready
 
@@ -129,11 +129,11 @@ class EngineClient:
         """Fails all requests with an EngineError."""
         self._fail_all(EngineError(reason))
 
-    def set_eos_ids(self, token_ids: frozenset[int]) -> None:
-        """Ids that end an answer besides those that the engine knows; also of an engine that is started again."""
-        self._eos_ids = sorted(token_ids)
+    def set_tokenizer(self, command: SetTokenizer) -> None:
+        """Facts that the engine does not know, also for an engine that is started again."""
+        self._tokenizer = command
         assert self._channel is not None
-        self._channel.send(SetEos(self._eos_ids))
+        self._channel.send(command)
 
     def new_id(self) -> str:
         """An id for the engine. The ids that clients choose may be equal."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits, Sequence
 from sageLLM.runtime.errors import RequestError, SageError
+from sageLLM.runtime.grammar.compiler import TokenizerText
 from sageLLM.runtime.sampling.logprobs import Logprob
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.request import RequestStatus
@@ -23,7 +24,7 @@ from sageLLM.runtime.server.messages import (
     Ready,
     Rejected,
     ScoredToken,
-    SetEos,
+    SetTokenizer,
     Step,
     StepFailed,
     Submit,
@@ -84,8 +85,10 @@ class EngineLoop:
                 self._llm.engine.abort_answer(request_id, index, ABORTED)
             case Embed():
                 self._embed(command)
-            case SetEos(token_ids=token_ids):
-                self._llm.engine.add_eos_ids(frozenset(token_ids))
+            case SetTokenizer(eos_ids=eos_ids, json=text, num_tokens=num_tokens):
+                self._llm.engine.add_eos_ids(frozenset(eos_ids))
+                if text is not None:
+                    self._llm.engine.prepare_grammars(TokenizerText(text, num_tokens))
 
     def _submit(self, command: Submit) -> None:
         engine = self._llm.engine

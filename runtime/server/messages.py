@@ -41,13 +41,15 @@ class Embed(msgspec.Struct, tag="embed", frozen=True):
     normalize: bool | None = None
 
 
-class SetEos(msgspec.Struct, tag="set_eos", frozen=True):
-    """The ids that end an answer besides those of the checkpoint's configs: the tokenizer's."""
+class SetTokenizer(msgspec.Struct, tag="set_tokenizer", frozen=True):
+    """Facts of the tokenizer: ids that end an answer, besides those of the configs; for grammars, its text."""
 
-    token_ids: list[int]
+    eos_ids: list[int]
+    json: str | None = None
+    num_tokens: int = 0
 
 
-Command = Submit | Abort | Embed | SetEos
+Command = Submit | Abort | Embed | SetTokenizer
 
 
 # --- to the front ---

@@ -34,7 +34,7 @@ from sageLLM.runtime.server.engine_client import EngineClient
 from sageLLM.runtime.server.errors import ApiError
 from sageLLM.runtime.server.exchange import ClientGoneError, Exchange
 from sageLLM.runtime.server.generation import Generation, Traits
-from sageLLM.runtime.server.messages import Load, Ready
+from sageLLM.runtime.server.messages import Load, Ready, SetTokenizer
 from sageLLM.runtime.server.metrics import Metrics
 from sageLLM.runtime.server.output_parser import CallParser, FormParser, OutputParser, PlainParser
 from sageLLM.runtime.server.prompts import EnginePrompt
@@ -93,7 +93,7 @@ class Service:
         self._special_marks = {is_on: self._find_special_marks(is_on) for is_on in (False, True)}
         tokenizer_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
         self.eos_ids = frozenset(i for i in {*tokenizer_ids, *ready.eos_ids} if i < ready.vocab_size)
-        self.client.set_eos_ids(self.eos_ids)
+        self.client.set_tokenizer(self._facts(ready))
         self.grammars = GrammarCompiler(self.folder, ready.vocab_size, self.tokenizer)
         limit = self.settings.max_num_queued_tokens
         capacity = max(ready.num_kv_blocks * ready.block_size, ready.max_model_len)
@@ -101,9 +101,16 @@ class Service:
         self.metrics.describe_engine(ready)
         self.client.on_load = self._on_load
         self.client.on_lost = self.metrics.lose_engine
+        # While the engine prepares it too. Until it has, a step would wait for it, and so would every request here.
+        await asyncio.to_thread(self.grammars.prepare, self.eos_ids)
         await self._prepare_chat()
         self.is_started = True
         return ready
+
+    def _facts(self, ready: Ready) -> SetTokenizer:
+        if self.tokenizer is None or not ready.generates:
+            return SetTokenizer(sorted(self.eos_ids))
+        return SetTokenizer(sorted(self.eos_ids), self.tokenizer.to_json(), self.tokenizer.vocab_size)
 
     def close(self) -> None:
         """Ends the processes of chat templates, and sends the last spans."""
