@@ -162,6 +162,7 @@ class EngineLoop:
             group.num_cached_tokens if is_first else None,
             self._queue_seconds.get(group.request_id) if is_first else None,
             self._prompt_scores(group) if is_first else None,
+            None if reason is None else answer.request.num_preemptions,
         )
         self._num_sent[sequence_id] = num_sent + len(new)
         if group.is_finished:

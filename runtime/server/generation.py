@@ -215,6 +215,7 @@ class Generation:
 
     def _end(self, answer: Answer, delta: Delta, now: float) -> None:
         if answer.text.finish_reason == "abort":
+            self._metrics.count_end("error")
             raise EngineError(str(answer.text.stop_reason))
         self._metrics.observe_end(
             answer.text.finish_reason or "",
@@ -225,6 +226,7 @@ class Generation:
             first=self._first_time or now,
             end=now,
             queue_seconds=self._queue_seconds,
+            num_preemptions=delta.num_preemptions or 0,
         )
         self._open[answer.request_id] -= 1
         is_early = delta.finish_reason is None  # by a stop string, of which the engine knows nothing
@@ -249,7 +251,7 @@ class Generation:
         num_cached = delta.num_cached_tokens or 0
         self.num_cached_tokens += num_cached
         self._queue_seconds = delta.queue_seconds or 0.0
-        self._metrics.count_prompt(len(answer.prompt.token_ids), num_cached)
+        self._metrics.count_prompt(len(answer.prompt.token_ids), num_cached, answer.prompt.params.n)
         if delta.prompt_logprobs is not None:
             ids = answer.prompt.token_ids
             number = answer.index // answer.prompt.params.n

@@ -91,8 +91,9 @@ class Crashed(msgspec.Struct, tag="crashed", frozen=True):
 class Delta(msgspec.Struct, array_like=True, frozen=True):
     """The new tokens of one answer. The sampled token is the first entry of each list in `logprobs`.
 
-    `finish_reason` is set with the last delta of an answer. A request's first delta has the facts about its prompt:
-    the number of cached tokens, the seconds in the queue, and the scores of its tokens from the second one on.
+    `finish_reason` and `num_preemptions` are set with the last delta of an answer. A request's first delta has the
+    facts about its prompt: the number of cached tokens, the seconds in the queue, and the scores of its tokens from
+    the second one on.
     """
 
     request_id: str
@@ -104,6 +105,7 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     num_cached_tokens: int | None = None
     queue_seconds: float | None = None
     prompt_logprobs: list[list[ScoredToken]] | None = None
+    num_preemptions: int | None = None
 
 
 class WorkerLoad(msgspec.Struct, array_like=True, frozen=True):

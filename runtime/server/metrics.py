@@ -12,8 +12,20 @@ from prometheus_client.process_collector import ProcessCollector
 
 from sageLLM.runtime.server.messages import Load, Ready
 
-REASONS = ("stop", "length", "abort")
+REASONS = ("stop", "length", "abort", "error", "repetition")
 REFUSALS = ("requests", "tokens", "draining", "not_ready", "auth", "body")
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+TIERS = ("device", "host", "p2p", "disk", "external_unspecified")
+ABSENT = {
+    "external_prefix_cache_queries": "Prompt tokens looked up in a cache outside of the engine, which has none.",
+    "external_prefix_cache_hits": "Prompt tokens found there.",
+    "mm_cache_queries": "Images looked up; only texts are served.",
+    "mm_cache_hits": "Images found.",
+    "estimated_flops_per_gpu": "Not estimated, as by vLLM without its option for it.",
+    "estimated_read_bytes_per_gpu": "Not estimated.",
+    "estimated_write_bytes_per_gpu": "Not estimated.",
+}
+"""Counters that are always 0, for boards that divide by them or draw them beside others."""
 BLOCK_STATES = ("used", "cached", "free")
 MODES = ("strict", "time_share", "hybrid", "auto")
 
@@ -44,6 +56,7 @@ TTFT = (
 )
 ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 MAX_BUCKET = 10**6
 
 
@@ -76,7 +89,9 @@ class Metrics:
         self.num_waiting = self._gauge("num_requests_waiting", "Requests without KV.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1.")
         waiting = self._gauge("num_requests_waiting_by_reason", "Requests without KV, by reason.", "reason")
-        self._waiting = {reason: waiting.labels(**self._values, reason=reason) for reason in ("capacity", "preempted")}
+        self._waiting = {
+            reason: waiting.labels(**self._values, reason=reason) for reason in ("capacity", "preempted", "deferred")
+        }
         blocks = self._gauge("kv_blocks", "KV blocks by state.", "state")
         self._blocks = {state: blocks.labels(**self._values, state=state) for state in BLOCK_STATES}
         mode = self._gauge("pd_mode", "1 for the mode of the prefill/decode scheduler.", "mode")
@@ -96,6 +111,15 @@ class Metrics:
         by_source = self._counter("prompt_tokens_by_source", "Prompt tokens by their source.", "source")
         self._computed = by_source.labels(**self._values, source="local_compute")
         self._cached = by_source.labels(**self._values, source="local_cache_hit")
+        by_source.labels(**self._values, source="external_kv_transfer")
+        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
+        tiers = self._counter("prompt_tokens_cached_by_source", "These tokens by the tier of their KV.", "source")
+        self._tiers = {tier: tiers.labels(**self._values, source=tier) for tier in TIERS}
+        for name, text in ABSENT.items():
+            self._counter(name, text)
+        asleep = self._gauge("engine_sleep_state", "1 for the state of the engine, which never sleeps.", "sleep_state")
+        for state in SLEEP_STATES:
+            asleep.labels(**self._values, sleep_state=state).set(state == "awake")
         success = self._counter("request_success", "Answers that have ended, by reason.", "finished_reason")
         self._ends = {reason: success.labels(**self._values, finished_reason=reason) for reason in REASONS}
         refused = self._counter("admission_rejections", "Refused requests, by reason.", "reason")
@@ -115,6 +139,16 @@ class Metrics:
         self.request_generation = self._histogram("request_generation_tokens", "Tokens of an answer.", tokens)
         self.request_max = self._histogram("request_max_num_generation_tokens", "Largest max_tokens asked for.", tokens)
         self.request_params_max = self._histogram("request_params_max_tokens", "max_tokens of a request.", tokens)
+        self.request_computed = self._histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens that were not cached.", tokens
+        )
+        self.request_n = self._histogram("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
+        self.request_preemptions = self._histogram(
+            "request_num_preemptions", "Times that an answer lost its KV.", (0, 1, 2, 3, 5, 10, 20)
+        )
+        self.step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens of a step: the mean of the steps between two reports.", STEP_TOKENS
+        )
 
         workers = "Requests of each prefill and decode worker; its epoch counts its starts."
         self._workers = self._gauge("pd_worker_requests", workers, "worker", "role", "state", "epoch")
@@ -126,6 +160,7 @@ class Metrics:
         self.http_seconds = Histogram(
             "http_request_duration_seconds", "Time of HTTP requests.", ["handler", "method"], registry=self.registry
         )
+        self._http: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -177,8 +212,12 @@ class Metrics:
         self.prefix_queries.inc(load.prefix_cache_queries - before.prefix_cache_queries)
         self.prefix_hits.inc(load.prefix_cache_hits - before.prefix_cache_hits)
         self.transfers.inc(load.transfers - before.transfers)
-        self._phases["prefill"].inc(load.num_prefill_tokens - before.num_prefill_tokens)
-        self._phases["decode"].inc(load.num_decode_tokens - before.num_decode_tokens)
+        num_prefill = load.num_prefill_tokens - before.num_prefill_tokens
+        num_decode = load.num_decode_tokens - before.num_decode_tokens
+        self._phases["prefill"].inc(num_prefill)
+        self._phases["decode"].inc(num_decode)
+        for _ in range(num_steps := load.num_steps - before.num_steps):
+            self.step_tokens.observe((num_prefill + num_decode) / num_steps)
         self._workers.clear()
         for worker in load.workers:
             labels = {"worker": str(worker.number), "role": worker.role, "state": worker.state}
@@ -191,7 +230,11 @@ class Metrics:
             gauge.set(0)
         self.restarts.inc()
 
-    def count_prompt(self, num_tokens: int, num_cached: int) -> None:
+    def count_prompt(self, num_tokens: int, num_cached: int, num_answers: int) -> None:
+        self.request_n.observe(num_answers)
+        self.request_computed.observe(num_tokens - num_cached)
+        self.prompt_tokens_cached.inc(num_cached)
+        self._tiers["device"].inc(num_cached)
         self.prompt_tokens.inc(num_tokens)
         self._computed.inc(num_tokens - num_cached)
         self._cached.inc(num_cached)
@@ -203,8 +246,13 @@ class Metrics:
         self._refusals[reason].inc()
 
     def count_http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        self.http_requests.labels(handler, method, f"{status // 100}xx").inc()
-        self.http_seconds.labels(handler, method).observe(seconds)
+        key = handler, method, status // 100
+        if key not in self._http:
+            counter = self.http_requests.labels(handler, method, f"{status // 100}xx")
+            self._http[key] = counter, self.http_seconds.labels(handler, method)
+        counter, histogram = self._http[key]
+        counter.inc()
+        histogram.observe(seconds)
 
     def observe_end(
         self,
@@ -217,9 +265,11 @@ class Metrics:
         first: float,
         end: float,
         queue_seconds: float,
+        num_preemptions: int,
     ) -> None:
         """Observes one answer that has ended; times are those of the monotonic clock."""
         self.count_end(reason)
+        self.request_preemptions.observe(num_preemptions)
         self.request_prompt.observe(num_prompt)
         self.request_generation.observe(num_tokens)
         self.request_max.observe(max_tokens or num_tokens)

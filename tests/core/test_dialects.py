@@ -256,6 +256,23 @@ def test_a_call_that_breaks_off_keeps_its_beginning_and_the_rest_is_content() ->
     ]
 
 
+def test_keys_of_a_call_in_any_order() -> None:
+    """Arguments before the name are held until it is known; a second time they are no arguments."""
+    parser = DialectParser.of(DIALECTS["hermes"])
+    events = parser.parse('<tool_call>{"arguments": {"a": [1]}, "name": "f"}</tool_call>')
+    assert parsed_calls(events) == [("f", {"a": [1]})] and len(events) == 2
+    twice = '{"name": "f", "arguments": {}, "arguments": {"a": 1}}'
+    events = DialectParser.of(DIALECTS["hermes"]).parse(f"<tool_call>{twice}</tool_call>")
+    assert parsed_calls(events) == [("f", {})]
+    assert events[-1] == Content('{"a": 1}}</tool_call>')
+
+
+def test_a_form_of_the_beginning_is_content_elsewhere() -> None:
+    calls, text = DIALECTS["llama3_json"].calls, '{"name": "f", "parameters": {}}'
+    assert parsed_calls(DialectParser(calls, tools={"f": {}}).parse(text)) == [("f", {})]
+    assert DialectParser(calls, tools={"f": {}}).parse(f"So: {text}") == [Content(f"So: {text}")]
+
+
 def test_an_answer_that_is_cut_has_an_incomplete_call() -> None:
     for cut, wanted in (('{"a": 12', '{"a": 12'), ('{"a": "x\\', '{"a": "x\\'), ("{", "{")):
         found = events_of("mistral", f"[TOOL_CALLS]f[ARGS]{cut}")

@@ -23,12 +23,13 @@ from types import CodeType
 
 import pytest
 from codegen_mutants import CODEGEN
+from dialect_mutants import DIALECTS
 from kv_mutants import KV
 from mutant import ROOT, Mutant
 from pass_mutants import PASSES
 from scheduler_mutants import SCHEDULER
 
-MUTANTS: tuple[Mutant, ...] = (*SCHEDULER, *KV, *CODEGEN, *PASSES)
+MUTANTS: tuple[Mutant, ...] = (*SCHEDULER, *KV, *CODEGEN, *PASSES, *DIALECTS)
 TIMEOUT_S = 60
 SLOW_S = 15
 PRELOADED = ("numpy", "networkx", "yaml", "pydantic", "jinja2", "typer")

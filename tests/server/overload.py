@@ -1,0 +1,195 @@
+"""`sagellm serve` at capacity, at ten times its capacity, and with 1,000 posts at once.
+
+    python tests/server/overload.py [--model FOLDER] [--seconds 10]
+
+prints the goodput of the admitted requests and the latency of refusals. The client is one loop over sockets in this
+process, which costs a tenth of the server, and reports by how much it was late itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from servers import MODEL
+from soak import resources, wait_until_idle
+from test_process import ServeProcess
+
+from sageLLM.runtime.server.http_client import Address
+
+NUM_TOKENS = 32
+NUM_POSTS = 1000
+WARM_UP_SECONDS = 2.0
+REFUSED_MS = 50
+ANSWER_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Post:
+    """A request on its socket. Times are those of `perf_counter`; `due` is when it should have been sent."""
+
+    due: float
+    sent: float = 0.0
+    first: float = 0.0
+    end: float = 0.0
+    data: bytearray = field(default_factory=bytearray)
+
+    @property
+    def status(self) -> int:
+        return int(self.data[9:12])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the response has arrived; an event stream ends with its last chunk."""
+        return self.data.endswith(b"0\r\n\r\n") or (b"content-length" in self.data[:400] and b"}}" in self.data[-4:])
+
+
+class Client:
+    """Sends posts on sockets and reads the answers, in one thread."""
+
+    def __init__(self, address: Address, seed: int) -> None:
+        self._address, self._draw = address, random.Random(seed)
+        self._selector = selectors.DefaultSelector()
+        self.posts: list[Post] = []
+
+    def connect(self) -> socket.socket:
+        sock = socket.create_connection((self._address.host, self._address.port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        return sock
+
+    def request(self) -> bytes:
+        """A post of 32 random ids, answered by 32 tokens."""
+        prompt = [self._draw.randrange(2000) for _ in range(32)]
+        options = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+        body = json.dumps({"prompt": prompt, **options}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    def send(self, due: float, sock: socket.socket, data: bytes) -> None:
+        post = Post(due, time.perf_counter())
+        sock.sendall(data)
+        self._selector.register(sock, selectors.EVENT_READ, post)
+        self.posts.append(post)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._selector.get_map())
+
+    def receive(self, seconds: float) -> None:
+        """Reads what arrives within the time, or nothing."""
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            post: Post = key.data
+            sock = key.fileobj
+            assert isinstance(sock, socket.socket)
+            chunk = sock.recv(65536)
+            now = time.perf_counter()
+            post.first = post.first or now
+            post.data += chunk
+            if post.is_whole or not chunk:
+                post.end = now
+                self._selector.unregister(sock)
+                sock.close()
+
+    def wait(self) -> None:
+        deadline = time.perf_counter() + ANSWER_SECONDS
+        while self.num_open:
+            assert time.perf_counter() < deadline, f"{self.num_open} requests are not answered"
+            self.receive(0.1)
+
+    def run_closed(self, seconds: float, concurrency: int) -> None:
+        """So many requests at any time."""
+        deadline = time.perf_counter() + seconds
+        while (now := time.perf_counter()) < deadline:
+            while self.num_open < concurrency:
+                self.send(now, self.connect(), self.request())
+            self.receive(0.05)
+        self.wait()
+
+    def run_open(self, seconds: float, rate: float) -> None:
+        """Requests at random times, however many are open."""
+        start = due = time.perf_counter()
+        while due < start + seconds:
+            while (now := time.perf_counter()) < due:
+                self.receive(due - now)
+            self.send(due, self.connect(), self.request())
+            due += self._draw.expovariate(rate)
+        self.wait()
+
+    def run_burst(self, num_posts: int) -> None:
+        """All at once, on connections that exist."""
+        posts = [(self.connect(), self.request()) for _ in range(num_posts)]
+        time.sleep(0.5)  # until the server has accepted all
+        due = time.perf_counter()
+        for sock, data in posts:
+            self.send(due, sock, data)
+        self.wait()
+
+
+def percentiles(seconds: list[float]) -> str:
+    ordered = sorted(1e3 * one for one in seconds)
+    p50, p99 = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.99))
+    return f"{p50:.1f} ms (p50), {p99:.1f} ms (p99), {ordered[-1]:.1f} ms (most)"
+
+
+def report(client: Client) -> Iterator[str]:
+    posts = client.posts
+    seconds = max(one.end for one in posts) - min(one.sent for one in posts)
+    answers = [one for one in posts if one.status == 200]
+    refused = [one for one in posts if one.status == 429]
+    assert len(answers) + len(refused) == len(posts)
+    broken = sum(b"data: [DONE]" not in one.data for one in answers)
+    goodput = NUM_TOKENS * len(answers) / seconds
+    yield f"{goodput:6.0f} tokens/s, {len(answers)} answers ({broken} broken), {len(refused)} refusals"
+    if refused:
+        late = [one.first - one.sent for one in refused]
+        quick = sum(1e3 * one < REFUSED_MS for one in late) / len(late)
+        yield f"       refused after {percentiles(late)}; {100 * quick:.1f} % in less than {REFUSED_MS} ms"
+        yield f"       the client was late by {percentiles([one.sent - one.due for one in refused])}"
+
+
+def run(model: Path, seconds: float, limit: int, seed: int) -> None:
+    options = ["--max-num-queued-reqs", str(limit), "--max-num-seqs", "16", "--no-access-log"]
+    server = ServeProcess(*options, model=model)
+    address = Address.of(server.url)
+    try:
+        Client(address, seed).run_closed(WARM_UP_SECONDS, limit)
+        closed = Client(address, seed + 1)
+        closed.run_closed(seconds, limit)
+        [line] = report(closed)
+        print(f"capacity: {line}")
+        rate = len(closed.posts) / seconds
+        for factor in (1, 10):
+            client = Client(address, seed + 1 + factor)
+            client.run_open(seconds, factor * rate)
+            print(f"{factor:7}x:", *report(client), sep="\n" if factor > 1 else " ")
+        burst = Client(address, seed + 20)
+        burst.run_burst(NUM_POSTS)
+        print(f"{NUM_POSTS} at once:", *report(burst), sep="\n")
+        idle = {"running": 0.0, "waiting": 0.0, "queued": 0.0, "blocks used": 0.0}
+        wait_until_idle(server, idle)
+        assert resources(server)["queued"] == 0
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    run(options.model, options.seconds, options.limit, options.seed)
+
+
+if __name__ == "__main__":
+    main()
