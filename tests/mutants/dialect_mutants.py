@@ -55,13 +55,6 @@ DIALECTS = (
     ),
     Mutant("a negative number is positive", f"{D}literals.py", "return -value", "return value", PARSER),
     Mutant(
-        "one call only is forced",
-        f"{D}grammar.py",
-        "if self._constraint.is_parallel else",
-        "if False else",
-        ("tests/grammar/test_forced_calls.py",),
-    ),
-    Mutant(
         "opened reasoning need not be closed",
         f"{D}grammar.py",
         "return block if self._constraint.in_reasoning else",
