@@ -176,11 +176,11 @@ REQUESTS ?= 1000000
 SOAK_SECONDS ?= 7200
 SOAK_TOTAL ?=
 soak-server: $(TEST_READY) ## Send REQUESTS to a server in SOAK_SECONDS, cancel 30 %, and look for leaks; SOAK_TOTAL=FILE adds up runs
-	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py soak --requests $(REQUESTS) --seconds $(SOAK_SECONDS) \
+	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py --requests $(REQUESTS) --seconds $(SOAK_SECONDS) \
 	  $(if $(SOAK_TOTAL),--total "$(SOAK_TOTAL)")
 
-overload-server: $(TEST_READY) ## Compare a server at 10x its capacity with one at capacity
-	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py overload
+overload-server: $(TEST_READY) ## Measure a server at capacity, at 10x its capacity, and with 1,000 posts at once
+	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/overload.py
 
 # The planted bugs change functions of the scheduler while it runs, which compiled code does not allow.
 .PHONY: compiled

@@ -25,7 +25,7 @@ ABSENT = {
     "estimated_read_bytes_per_gpu": "Not estimated.",
     "estimated_write_bytes_per_gpu": "Not estimated.",
 }
-"""Counters that are always 0, for boards that divide by them or draw them beside others."""
+"""Counters that are always 0, for boards that divide by them."""
 BLOCK_STATES = ("used", "cached", "free")
 MODES = ("strict", "time_share", "hybrid", "auto")
 

@@ -1,12 +1,10 @@
-"""Load on `sagellm serve` with cancels, and a search for leaks; and 10x overload.
+"""Load on `sagellm serve` with cancels, and a search for leaks.
 
-    python tests/server/soak.py soak --requests 1000000 --seconds 3600 --total soak.json
-    python tests/server/soak.py overload --seconds 10
+    python tests/server/soak.py --requests 1000000 --seconds 3600 --total soak.json
 
-`soak` ends with the numbers of requests, KV blocks, file descriptors, threads and memory of both processes before and
-after; with `--total`, several runs add up in a file. Its model is a random one of a single layer, so that most of the
-time is the server's. `overload` compares the goodput at capacity with that at ten times the rate, and prints the
-latency of refusals.
+ends with the numbers of requests, KV blocks, file descriptors, threads and memory of both processes before and after;
+with `--total`, several runs add up in a file. The model is a random one of a single layer, so that most of the time is
+the server's.
 """
 
 from __future__ import annotations
@@ -200,104 +198,16 @@ def add_to(path: Path, ends: Counter[str]) -> None:
     print(f"all runs: {dict(sums)}")
 
 
-def random_body(draw: random.Random) -> dict[str, Any]:
-    """32 random ids, answered by 32 tokens."""
-    prompt = [draw.randrange(2000) for _ in range(32)]
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    return {"prompt": prompt, "max_tokens": 32, "ignore_eos": True, **options}
-
-
-async def constant_rate(
-    address: Address, rate: float, seconds: float, seed: int
-) -> tuple[int, list[float], list[float]]:
-    """Sends requests at a rate; returns the tokens of complete answers, and the latencies of refusals and answers."""
-    draw = random.Random(seed)
-    refusals: list[float] = []
-    answers: list[float] = []
-    num_tokens = 0
-
-    async def one() -> None:
-        nonlocal num_tokens
-        start = time.perf_counter()
-        try:
-            async for event in Connection(address).events("/v1/completions", random_body(draw)):
-                if event.get("usage"):
-                    num_tokens += event["usage"]["completion_tokens"]
-            answers.append(time.perf_counter() - start)
-        except HttpError as error:
-            assert str(error).startswith("HTTP 429"), error
-            refusals.append(time.perf_counter() - start)
-
-    tasks = []
-    due = start = time.perf_counter()
-    while due < start + seconds:
-        tasks.append(asyncio.create_task(one()))
-        due += draw.expovariate(rate)
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-    await asyncio.gather(*tasks)
-    return num_tokens, refusals, answers
-
-
-async def capacity_of(address: Address, seconds: float, concurrency: int, seed: int) -> float:
-    """Requests per second of clients that send one request after another."""
-    draw = random.Random(seed)
-    start, num_done = time.perf_counter(), 0
-
-    async def client() -> None:
-        nonlocal num_done
-        while time.perf_counter() < start + seconds:
-            async for _ in Connection(address).events("/v1/completions", random_body(draw)):
-                pass
-            num_done += 1
-
-    await asyncio.gather(*(client() for _ in range(concurrency)))
-    return num_done / (time.perf_counter() - start)
-
-
-def run_overload(model: Path, seconds: float, limit: int, seed: int) -> None:
-    """At capacity the queue is seldom full; at ten times the rate most requests are refused.
-
-    The client shares the cores with the server, so the latency of refusals is also that of the server's log.
-    """
-    options = ["--max-num-queued-reqs", str(limit), "--max-num-seqs", "16", "--log-format", "json"]
-    server = ServeProcess(*options, model=model)
-    try:
-        address = Address.of(server.url)
-        run(capacity_of(address, 1.0, limit, seed))
-        capacity = run(capacity_of(address, seconds, limit, seed))
-        print(f"capacity {capacity:.0f} requests/s, {32 * capacity:.0f} tokens/s")
-        for factor in (1.0, 10.0):
-            start, num_lines = time.perf_counter(), len(server.lines)
-            num_tokens, refusals, answers = run(constant_rate(address, factor * capacity, seconds, seed))
-            rate = num_tokens / (time.perf_counter() - start)
-            print(f"{factor:4.0f}x: {rate:.0f} tokens/s, {len(answers)} answers, {len(refusals)} refusals")
-            logged = [json.loads(line) for line in server.lines[num_lines:] if line.startswith("{")]
-            inside = [entry["seconds"] for entry in logged if entry.get("status") == 429]
-            for where, values in (("client", refusals), ("server", inside)):
-                if values:
-                    p50, p99 = (1e3 * sorted(values)[int(share * (len(values) - 1))] for share in (0.5, 0.99))
-                    print(f"       refusals, {where}: {p50:.1f} ms (p50), {p99:.1f} ms (p99)")
-    finally:
-        server.process.terminate()
-        server.process.wait(60)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["soak", "overload"])
-    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--cancel", type=float, default=0.3)
     parser.add_argument("--concurrency", type=int, default=48)
-    parser.add_argument("--seconds", type=float, help="of a soak at most, or of each rate of an overload (10)")
-    parser.add_argument("--total", type=Path, help="file with the sums of several soaks")
-    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--seconds", type=float, help="of the run at most")
+    parser.add_argument("--total", type=Path, help="file with the sums of several runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.what == "soak":
-        run_soak(options.requests, options.cancel, options.concurrency, options.seed, options.seconds, options.total)
-    else:
-        run_overload(options.model, options.seconds or 10.0, options.limit, options.seed)
+    run_soak(options.requests, options.cancel, options.concurrency, options.seed, options.seconds, options.total)
 
 
 if __name__ == "__main__":

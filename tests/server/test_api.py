@@ -275,6 +275,7 @@ def test_metrics_count_what_was_served(server: TestServer) -> None:
         value('sagellm:request_success_total{engine="0",finished_reason="length"'),
     )
     server.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 7, "ignore_eos": True})
+    server.post("/v1/completions", {"prompt": []})
     after = (
         value("sagellm:generation_tokens_total"),
         value('sagellm:request_success_total{engine="0",finished_reason="length"'),
