@@ -37,11 +37,12 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command that appends its rows to a file."""
+    """A command that appends its rows to a file; one that uses all devices runs alone, after the others."""
 
     name: str
     command: Sequence[str]
     limit: float
+    uses_all: bool = False
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     rows.unlink(missing_ok=True)
     extra = ["--dry-run"] if arguments.dry_run else []
     parts = [
-        Part(name, [sys.executable, str(CHILD), name, "--rows", str(rows), *extra], LIMITS[name])
+        Part(name, [sys.executable, str(CHILD), name, "--rows", str(rows), *extra], LIMITS[name], name == "ranks")
         for name in arguments.parts
     ]
     environ = {"PYTHONPATH": str(ROOT / "_dev")}
@@ -91,7 +92,7 @@ def run_parts(
 
     def run(part: Part) -> None:
         device = free.get()
-        own = {} if device is None or part.name == "ranks" else {"CUDA_VISIBLE_DEVICES": device}
+        own = {} if device is None or part.uses_all else {"CUDA_VISIBLE_DEVICES": device}
         report["parts"][part.name] = run_part(part, {**environ, **own}, end)
         free.put(device)
         with rows.open("a") as file:
@@ -101,7 +102,10 @@ def run_parts(
         print(part.name, json.dumps(report["parts"][part.name]), flush=True)
 
     with ThreadPoolExecutor(len(devices)) as pool:
-        list(pool.map(run, parts))
+        list(pool.map(run, (part for part in parts if not part.uses_all)))
+    for part in parts:
+        if part.uses_all:
+            run(part)
     return report
 
 

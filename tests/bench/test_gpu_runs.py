@@ -28,13 +28,20 @@ def test_a_part_that_crashes_or_hangs_does_not_end_the_run(gpu: ModuleType, tmp_
         "fine": "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == '3'",
     }
     parts = [gpu.Part(name, [sys.executable, "-c", WRITES + end, str(rows), name], 2.0) for name, end in ends.items()]
+    alone = "assert __import__('os').environ.get('CUDA_VISIBLE_DEVICES') != '3'"
+    parts.insert(0, gpu.Part("all", [sys.executable, "-c", WRITES + alone, str(rows), "all"], 2.0, uses_all=True))
     start = time.monotonic()
     gpu.run_parts(parts, ["3"], out, rows, 20.0, {})
     assert time.monotonic() - start < 15
     report = json.loads(out.read_text())
-    assert [row["name"] for row in report["rows"]] == ["crash", "hang", "fine"]
+    assert [row["name"] for row in report["rows"]] == ["crash", "hang", "fine", "all"]
     ended = {name: part["ended"] for name, part in report["parts"].items()}
-    assert ended == {"crash": "failed with status -6", "hang": "stopped after 2 s", "fine": "complete"}
+    assert ended == {
+        "crash": "failed with status -6",
+        "hang": "stopped after 2 s",
+        "fine": "complete",
+        "all": "complete",
+    }
 
 
 def test_parts_are_divided_among_devices_and_end_with_the_time_of_the_run(gpu: ModuleType, tmp_path: Path) -> None:
