@@ -95,7 +95,8 @@ TARGETS: dict[str, Target] = {
                 ),
             ),
             "paged_prefill": (
-                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
@@ -106,7 +107,8 @@ TARGETS: dict[str, Target] = {
                 ),
             ),
             "varlen": (
-                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
