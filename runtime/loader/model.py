@@ -154,7 +154,8 @@ def load_model(
         _check(layout, config, checkpoint, registry.methods)
         if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
             raise CheckpointError(reason)
-        whole, own = config, _rank_config(layout, config, rank % tp, tp, expert_parallel=expert_parallel)
+        option = f"af='A:Fx{tp}'" if role == "ffn" else f"tensor_parallel_size={tp}"
+        whole, own = config, _rank_config(layout, config, rank % tp, tp, option, expert_parallel=expert_parallel)
         config = own if has_weights else whole
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
         tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
@@ -192,27 +193,28 @@ def load_model(
     )
 
 
-def _rank_config(layout: ModelLayout, config: Any, rank: int, tp: int, *, expert_parallel: bool) -> Any:
-    """The config of one rank. Raises CheckpointError if the degree does not divide the model's sizes."""
+def _rank_config(layout: ModelLayout, config: Any, rank: int, tp: int, option: str, *, expert_parallel: bool) -> Any:
+    """The config of one rank. Raises CheckpointError if the degree does not divide the model's sizes.
+
+    `option` is the argument of `LLM` that sets the degree.
+    """
     if expert_parallel:
-        _check_experts(layout, config, tp)
+        _check_experts(layout, config, tp, option)
     if tp == 1:
         return config
     try:
         return replace(layout.shard_config(config, tp), rank=rank, ep=tp if expert_parallel else 1)
     except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(str(error).replace(f"tensor_parallel_size={tp}", option)) from None
 
 
-def _check_experts(layout: ModelLayout, config: Any, tp: int) -> None:
+def _check_experts(layout: ModelLayout, config: Any, tp: int, option: str) -> None:
     stacks = {spec.shape[0] for spec in layout.weights(config) if spec.shard is not None and spec.shard.experts}
     if not stacks:
         raise CheckpointError(f"enable_expert_parallel requires a model with experts, got {layout.name}")
     for count in stacks:
         if count % tp:
-            raise CheckpointError(
-                f"tensor_parallel_size={tp} does not divide the {count} experts; use a divisor of {count}"
-            )
+            raise CheckpointError(f"{option} does not divide the {count} experts; use a divisor of {count}")
 
 
 def _model_len(longest: int, requested: int | None, path: Path) -> int:

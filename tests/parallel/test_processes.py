@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
+from sageLLM.runtime.loader.model import load_model
+from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 from sageLLM.runtime.worker import rank_processes
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
@@ -244,6 +247,9 @@ def test_errors_of_arguments() -> None:
         load(tensor_parallel_size=3)
     with pytest.raises(CheckpointError, match="enable_expert_parallel requires a model with experts, got llama"):
         load(tensor_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(CheckpointError, match="^af='A:Fx3' does not divide "):
+        cpu = torch.device("cpu")
+        load_model(MODEL, load_registry(()), dtype="auto", device=cpu, max_model_len=None, tp=3, role="ffn")
     with pytest.raises(SageError, match="tensor_parallel_size must be an integer of at least 1, got 0"):
         load(tensor_parallel_size=0)
     with pytest.raises(SageError, match="must be 'mp' for 2 ranks, got 'uni'"):
