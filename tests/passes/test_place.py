@@ -23,6 +23,7 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.place import PartTime
+from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,
@@ -32,8 +33,11 @@ from sageLLM.runtime.execution_graph.builder import (
     build_block_graph,
 )
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.optimizer import GraphOptimizer, default_passes
 from sageLLM.runtime.execution_graph.part_times import PartTimes
+from sageLLM.runtime.execution_graph.stages import PipelineStage
+from sageLLM.runtime.registry.plugins import load_registry
 
 from .test_engines import graph_of, node
 
@@ -112,6 +116,18 @@ def test_a_later_micro_batch_waits_for_the_stores_of_an_earlier_one() -> None:
     for layer in range(4):
         for part in (1, 2):
             assert f"L{layer}.kv_store.p{part - 1}" in placed.nodes[f"L{layer}.a.p{part}"].dependencies
+
+
+def test_a_pipeline_stage_sends_a_micro_batch_before_it_computes_the_next_one() -> None:
+    layout = MODELS["llama"]
+    config = layout.read_config(HFConfig(layout.tiny, "tiny"))
+    for index in range(2):
+        stage = PipelineStage(index, 2)
+        graph = ModelGraphs(layout, config, load_registry(), dtype="f32", pipeline_stage=stage).kernel_graph(
+            "hybrid", 3
+        )
+        parts = [node.metadata[PART] for node in graph.topological_sort() if PART in node.metadata]
+        assert parts == sorted(parts) and {*parts} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("index", [0, 1])

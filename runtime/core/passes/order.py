@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.passes.rows import PART
 
 
 def reorder(graph: ExecutionGraph, order: list[ExecutionNode] | None = None) -> None:
     """Lists the nodes in a valid order: `order`, by default the graph's topological order."""
     nodes = order if order is not None else graph.topological_sort()
     graph.nodes = {node.node_id: node for node in nodes}
+
+
+def part_by_part(graph: ExecutionGraph) -> list[ExecutionNode]:
+    """The nodes in a valid order in which a micro-batch goes through all layers before the next one begins.
+
+    A pipeline stage then sends the first micro-batch when it begins to compute the second.
+    """
+    users: dict[str, list[str]] = {}
+    num_missing = {node_id: len(node.dependencies) for node_id, node in graph.nodes.items()}
+    for node_id, node in graph.nodes.items():
+        for dependency in node.dependencies:
+            users.setdefault(dependency, []).append(node_id)
+    place = {id_: (int(str(node.metadata.get(PART, -1))), i, id_) for i, (id_, node) in enumerate(graph.nodes.items())}
+    ready = sorted(place[node_id] for node_id, num in num_missing.items() if num == 0)
+    order = []
+    while ready:
+        *_, node_id = heapq.heappop(ready)
+        order.append(graph.nodes[node_id])
+        for user in users.get(node_id, ()):
+            num_missing[user] -= 1
+            if num_missing[user] == 0:
+                heapq.heappush(ready, place[user])
+    return order
 
 
 def replace_contents(graph: ExecutionGraph, other: ExecutionGraph) -> None:

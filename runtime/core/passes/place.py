@@ -13,7 +13,7 @@ from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, is_symbolic, share_of, why_not_divisible
-from sageLLM.runtime.core.passes.order import reorder, replace_contents
+from sageLLM.runtime.core.passes.order import part_by_part, reorder, replace_contents
 from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.passes.transfers import move_nodes, ping_pong
 
@@ -31,8 +31,9 @@ class PlacePass(DeclaredPass):
 
     The rows that enter the layers are split by views of the op `split` and joined by `join` where they leave them.
     Every node of a layer is repeated per micro-batch, with `metadata["part"]`; the micro-batches alternate node by
-    node, or at each transfer if nodes move. KV stores of one micro-batch precede the attention of the next. A value
-    that another device reads is transferred once, by the ops `send` and `recv`; collectives run on the device of their
+    node, or at each transfer if nodes move; in a pipeline stage each goes through all layers before the next one, so
+    that the next stage begins early. KV stores of one micro-batch precede the attention of the next. A value that
+    another device reads is transferred once, by the ops `send` and `recv`; collectives run on the device of their
     operand.
 
     `part_time` returns the time of an old node for fewer rows. Without it ops take their roofline time on `hardware`,
@@ -76,6 +77,8 @@ class PlacePass(DeclaredPass):
             self._set_times(graph, result)
         if self.move:
             ping_pong(result)
+        elif any(node.op_type.name in ("COMM_SEND", "COMM_RECV") for node in graph.nodes.values()):
+            reorder(result, part_by_part(result))  # a pipeline stage
         else:
             reorder(result)
         replace_contents(graph, result)
