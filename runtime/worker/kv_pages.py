@@ -18,7 +18,7 @@ from sageLLM.runtime.worker.order_thread import OrderThread
 MARGIN_BYTES = 16 * 2**20
 """Memory that is allocated beyond the blocks in use; it is more if all sequences could need a block at once."""
 PAUSE_SECONDS = 0.004
-"""Time between two layers: the thread takes a core from the kernels of a step, so its work is spread over many steps."""
+"""Time between two layers: the thread takes a core from the kernels of a step, so its work is spread over many."""
 MADV_POPULATE_WRITE = 23  # of <sys/mman.h>; Linux 5.14. Contents do not change.
 
 

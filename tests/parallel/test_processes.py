@@ -247,7 +247,7 @@ def test_errors_of_arguments() -> None:
         load(tensor_parallel_size=3)
     with pytest.raises(CheckpointError, match="enable_expert_parallel requires a model with experts, got llama"):
         load(tensor_parallel_size=2, enable_expert_parallel=True)
-    with pytest.raises(CheckpointError, match="^af='A:Fx3' does not divide "):
+    with pytest.raises(CheckpointError, match=r"^af='A:Fx3' does not divide "):
         cpu = torch.device("cpu")
         load_model(MODEL, load_registry(()), dtype="auto", device=cpu, max_model_len=None, tp=3, role="ffn")
     with pytest.raises(SageError, match="tensor_parallel_size must be an integer of at least 1, got 0"):
