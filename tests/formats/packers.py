@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-GROUP = 16
+GROUP = 32
 Random = torch.Generator
 
 
@@ -150,14 +150,16 @@ METHODS: dict[str, tuple[Mapping[str, Any], Callable[..., Packed], dict[str, Any
 """Settings, packer and its arguments by name."""
 
 
-def quantise(source: Path, folder: Path, method: str, *, seed: int = 0) -> Path:
+def quantise(
+    source: Path, folder: Path, method: str, *, seed: int = 0, names: tuple[str, ...] = ("proj.weight",)
+) -> Path:
     """Copies a checkpoint to `folder / "quantised"` and `folder / "plain"`, which has the values in float32."""
     settings, pack, options = METHODS[method]
     random = torch.Generator().manual_seed(seed)
     stored: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith("proj.weight"):
+        if name.endswith(names):
             found = pack(tuple(tensor.shape), random, **options)
             stored |= {name.removesuffix("weight") + key: value for key, value in found.tensors.items()}
             plain[name] = found.value.float().contiguous()

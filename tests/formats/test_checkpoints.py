@@ -13,6 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from sageLLM import LLM, SamplingParams
 from sageLLM.codegen import driver
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.registry.plugins import load_registry
 from tests.formats import packers
@@ -54,15 +55,37 @@ def test_a_format_by_yaml_alone(make_checkpoint: MakeCheckpoint, tmp_path: Path)
     assert answers(folder, plugins=[out]) == answers(tmp_path / "plain")
 
 
-def test_a_share_of_a_rank_is_that_of_the_dequantised_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, "gptq in order of activations")
-    options = {"dtype": "float32", "device": torch.device("cpu"), "max_model_len": None, "tp": 2}
+@pytest.mark.parametrize(("method", "form"), [("gptq in order of activations", None), ("packed with zeros", "int4")])
+def test_a_share_of_a_rank_is_that_of_the_dequantised_weights(
+    method: str, form: str | None, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = packers.quantise(make_checkpoint("Llama", **SMALL, intermediate_size=128), tmp_path, method)
+    options = {"dtype": "float32", "device": torch.device("cpu"), "max_model_len": None, "tp": 2, "keeps_codes": True}
     for rank in range(2):
-        one, other = (
-            load_model(path, load_registry(), rank=rank, **options).weights for path in (folder, tmp_path / "plain")
+        model, plain = (
+            load_model(path, load_registry(), rank=rank, **options) for path in (folder, tmp_path / "plain")
         )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        coded = {name: one for name, one in model.weights.items() if isinstance(one, CodedWeight)}
+        assert {one.form for one in coded.values()} == {form} - {None}
+        assert len(coded) + len(model.dequantized) == 4 * SMALL["num_hidden_layers"]
+        assert set(model.dequantized.values()) <= {"groups in the order of activations"}
+        whole = model.weights | {name: decoded(one) for name, one in coded.items()}
+        assert whole.keys() == plain.weights.keys()
+        assert all(torch.equal(whole[name], plain.weights[name]) for name in whole)
+
+
+def test_weights_stay_packed_in_kernels_of_16_bits(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Of experts, too; log-probabilities differ by roundings from those of float weights."""
+    source = make_checkpoint("Mixtral", **SMALL, num_local_experts=4)
+    folder = packers.quantise(
+        source, tmp_path, "packed, 8 bits", names=("proj.weight", "w1.weight", "w2.weight", "w3.weight")
+    )
+    llm = LLM(folder, skip_tokenizer=True, dtype="bfloat16")
+    assert [one.form for one in llm.weight_stats() if one.form.startswith("int8")] == ["int8 in groups of 32"]
+    assert not any(one.reason for one in llm.weight_stats())
+    found, expected = answers(folder, dtype="bfloat16"), answers(folder, dtype="bfloat16", kernels="reference")
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=0.05)
 
 
 def test_weights_on_disk_are_dequantised(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_gguf(name: str) -> None:
     assert torch.equal(VALUES["gguf"][BLOCKS[name]](blocks, **sizes, of=torch.float32), value)
 
 
-@pytest.mark.parametrize("shape", [(48, 64), (8, 16)])
+@pytest.mark.parametrize("shape", [(48, 64), (8, 32)])
 @pytest.mark.parametrize("name", ["awq", "gptq", "gptq in order of activations", "gptq_v2, 8 bits"])
 def test_groups_along_the_outputs(name: str, shape: tuple[int, int]) -> None:
     settings, pack, options = packers.METHODS[name]
@@ -102,7 +102,7 @@ def test_values_in_chunks_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         packed = pack((72, 64), random, **options)
         method = str(settings["quant_method"]).replace("-", "_")
         format = {"packed with zeros": "packed_zeros", "fp8 in blocks": "fp8_block"}.get(name, method)
-        sizes = {"N": 72, "K": 64, "G": 16, "b": 4, "P": 16, "Q": 16}
+        sizes = {"N": 72, "K": 64, "G": packers.GROUP, "b": 4, "P": 16, "Q": 16}
         for chunk in (1, 700, 10**6):
             monkeypatch.setattr("sageLLM.runtime.loader.dequantize.CHUNK", chunk)
             found = dequantize(format_of(method, format), VALUES[method][format], packed.tensors, sizes, torch.float64)
