@@ -16,11 +16,13 @@ from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded, pack_codes, unpacked
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack, release_free_memory
 
 Weight: TypeAlias = Tensor | PackedWeight | CodedWeight
 """A weight; codes only until `pack_weights` or `decode_weights` has run."""
 
+FREED_BYTES = 2**25
+"""Bytes of codes after which free memory is returned to the system."""
 MUST_BE_PACKED = "codes must be packed or decoded before a plan binds them"
 
 
@@ -38,6 +40,7 @@ def pack_weights(
     graphs = list(graphs)
     memory, gates_by_name = WeightMemory(), gates_of(graphs, ties, runner)
     _build_forms(weights, ties, graphs, gates_by_name, runner)
+    num_freed = 0
     for name, gates in gates_by_name.items():
         held = weights.get(name)
         if held is not None and not isinstance(held, PackedWeight):
@@ -47,6 +50,12 @@ def pack_weights(
             else:
                 packed = pack(held, gates, runner.library, memory)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))
+            num_freed += held.nbytes if isinstance(held, CodedWeight) else 0
+            del held
+            # Codes are in the heap, between intermediate results that were freed: it does not shrink by itself.
+            if num_freed > FREED_BYTES:
+                release_free_memory()
+                num_freed = 0
     decode_weights(weights, ties)
 
 

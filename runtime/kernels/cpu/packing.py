@@ -77,6 +77,13 @@ class WeightMemory:
         return piece
 
 
+def release_free_memory() -> None:
+    """Returns free pages of the heap to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _large_pages(size: int) -> Tensor:
     """At least `size` bytes aligned to a large page, in large pages if the system provides them."""
     memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
