@@ -8,7 +8,7 @@ never used are handed out in ascending order, so it is known which ones are next
 import ctypes
 import mmap
 import sys
-import time
+import threading
 
 import torch
 
@@ -31,6 +31,7 @@ class KVPages:
         self._tensors = tensors if sys.platform == "linux" and pool.device.type == "cpu" else []
         self._margin = -(-MARGIN_BYTES * pool.num_blocks // max(pool.num_bytes, 1))
         self._num_requested = 0
+        self._is_closing = threading.Event()
         self._thread = OrderThread[range, None]("sagellm-kv-pages") if self._tensors else None
 
     def expect(self, num_used: int, num_sequences: int) -> None:
@@ -45,6 +46,8 @@ class KVPages:
             self._num_requested = wanted
 
     def close(self) -> None:
+        """Ends the thread, which first allocates what it was told to, without pauses."""
+        self._is_closing.set()
         if self._thread is not None:
             self._thread.close()
 
@@ -53,7 +56,7 @@ class KVPages:
             if not populate(tensor[blocks.start : blocks.stop]):
                 self._tensors = []
                 return
-            time.sleep(PAUSE_SECONDS)
+            self._is_closing.wait(PAUSE_SECONDS)
 
 
 def populate(tensor: torch.Tensor) -> bool:
