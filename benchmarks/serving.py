@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -33,19 +34,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
-def server(model: Path, *options: str) -> Iterator[Address]:
+def server(model: Path, *options: str) -> Iterator[tuple[Address, int]]:
+    """The address and the process id of the front."""
     command = [sys.executable, "-m", "sageLLM.runtime.cli.entry", "serve", str(model), "--port", "0", "--no-access-log"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         for line in process.stdout:
             if found := re.match(r"serving \S+ at (\S+)/v1", line):
-                yield Address.of(found[1])
+                yield Address.of(found[1]), process.pid
                 return
         raise RuntimeError("the server did not start")
     finally:
         process.terminate()
         process.wait(30)
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time of a process so far; NaN without /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def throughput_of_llm(llm: LLM, prompts: list[list[int]], num_tokens: int) -> float:
@@ -94,14 +105,16 @@ def main() -> None:
         return [[draw.randrange(vocab) for _ in range(options.input_len)] for _ in range(count)]
 
     llm = LLM(options.model, skip_tokenizer=options.shape is not None)
-    ours, http, ours_ttft, http_ttft = [], [], [], []
-    with server(options.model) as address:
+    ours, http, ours_ttft, http_ttft, front_us = [], [], [], [], []
+    with server(options.model) as (address, pid):
         throughput_of_llm(llm, prompts(options.streams), options.output_len)
         load(address, prompts(options.streams), options.output_len, str(options.model))
         for _ in range(options.rounds):
             some = prompts(options.streams)
             ours.append(throughput_of_llm(llm, some, options.output_len))
+            before = cpu_seconds(pid)
             http.append(load(address, some, options.output_len, str(options.model))[0])
+            front_us.append(1e6 * (cpu_seconds(pid) - before) / (options.streams * options.output_len))
             for prompt in prompts(options.idle_requests // options.rounds):
                 ours_ttft.append(ttft_of_llm(llm, prompt))
                 http_ttft += load(address, [prompt], 2, str(options.model))[1]
@@ -111,12 +124,13 @@ def main() -> None:
         "llm_tokens_per_s": statistics.median(ours),
         "http_tokens_per_s": statistics.median(http),
         "throughput_ratio": ratio,
+        "front_cpu_us_per_token": statistics.median(front_us),
         "llm_ttft_ms": 1e3 * statistics.median(ours_ttft),
         "http_ttft_ms": 1e3 * statistics.median(http_ttft),
         "http_ttft_p90_ms": 1e3 * float(np.percentile(http_ttft, 90)),
     }
     for name, value in found.items():
-        print(f"{name:<20} {value:.2f}")
+        print(f"{name:<22} {value:.2f}")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
