@@ -31,7 +31,7 @@ class NoKernels:
     def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
         raise AssertionError("only called for ops with a kernel")
 
-    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
+    def address(self, op: str, element: str | None, *, unpacks: bool = False, form: str | None = None) -> int:
         raise AssertionError("only called for ops with a kernel")
 
     def run(self, calls: int, first: int, end: int, num_streams: int, stamps: int = 0) -> None:

@@ -173,10 +173,13 @@ class SlowRunner(NativeRunner):
     def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
         return "missing" if op in self._missing else None  # collectives of a single rank copy
 
-    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
-        function, delay = kernel_function(super().address(op, element, unpacks=unpacks)), self._random.choice(DELAYS)
+    def address(self, op: str, element: str | None, *, unpacks: bool = False, form: str | None = None) -> int:
+        function, delay = (
+            kernel_function(super().address(op, element, unpacks=unpacks, form=form)),
+            self._random.choice(DELAYS),
+        )
         if not delay:
-            return super().address(op, element, unpacks=unpacks)
+            return super().address(op, element, unpacks=unpacks, form=form)
 
         def call(tensors: int, sizes: int, attrs: int) -> None:
             time.sleep(delay)
