@@ -162,8 +162,8 @@ def test_an_epilogue_reads_its_sums_and_its_own_row(specs: Specs) -> None:
         "store(y + i_T * y_T, i_N, to<E>(to<E>(tanh(load(sums, Block{0})) * factor) + load(r + i_T * r_T, i_N)));"
         in text
     )
-    assert text.count("const GemmArgs<E> args") == 4
-    assert "const GemmArgs<E> args = {R, K, I, 2, w};" in text
+    assert text.count("const GemmArgs<E, Weight> args") == 4
+    assert "const GemmArgs<E, Weight> args = {R, K, I, 2, w};" in text
 
 
 def test_a_consumer_fuses_with_the_gemm_that_it_reads(specs: Specs) -> None:
