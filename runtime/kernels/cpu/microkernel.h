@@ -51,7 +51,7 @@ struct Microkernel {
 inline void do_nothing() {}
 
 // Calls `begin`, and `end` when it leaves its scope, also by an exception.
-template <class Element, class Weight>
+template <class Element, class Weight = Element>
 class MicrokernelScope {
   public:
     explicit MicrokernelScope(const Microkernel<Element, Weight>& microkernel) : microkernel_(microkernel) {

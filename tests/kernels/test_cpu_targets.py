@@ -1,0 +1,46 @@
+"""Checks that the C++ kernels compile for processors other than this machine's, without code being generated."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+from native import needs_compiler
+
+from sageLLM.generated.kernels import cpu
+from sageLLM.runtime.kernels.cpu import compiler
+
+SOURCES = Path(cpu.__file__).parent
+TARGETS = {
+    "AVX2": "-march=x86-64-v3",
+    "AVX-512": "-march=skylake-avx512",
+    "AVX512_VNNI": "-march=cascadelake",
+    "AVX512_BF16": "-march=cooperlake",
+    "AMX": "-march=sapphirerapids",
+}
+FORMS = {"linear": ("int8_codes", "int4_codes", "fp4_codes"), "experts": ("int8_codes",)}
+"""Forms of packed weights by file, besides plain ones."""
+VARIANTS = [
+    (file, element, form)
+    for file, element in (
+        ("linear", "sage::bf16"),
+        ("linear", "float"),
+        ("attention", "sage::bf16"),
+        ("experts", "sage::bf16"),
+    )
+    for form in (None, *FORMS.get(file, ()))
+]
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets are those of x86")
+@pytest.mark.parametrize("flag", TARGETS.values(), ids=TARGETS)
+def test_kernels_compile_for(flag: str) -> None:
+    found = compiler.find_compiler()
+    assert found is not None
+    for file, element, form in VARIANTS:
+        weight = [f"-DSAGE_WEIGHT={form}"] if form else []
+        flags = [*compiler.compile_flags(), flag, "-fsyntax-only", f"-DSAGE_ELEMENT={element}", *weight]
+        command = [*found.command, *flags, f"-I{compiler.HEADERS}", str(SOURCES / f"{file}.cpp")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{file}.cpp for {element}, {form or 'plain'} weights:\n{result.stderr[:2000]}"
