@@ -36,6 +36,7 @@ class EpilogueKernel(RowKernel):
         self.lines = []  # the template has the columns
         for step in self.gemm.sweep.steps:
             self._in_sweep(step, self.gemm.sweep.loop)
+        self.lines = [line for line in self.lines if line not in ("acc = acc", "acc_1 = acc_1")]  # sums named as here
 
     def _load_early(self, loop: Loop) -> None:
         """Loads what the epilogue reads after the products, where it needs no registers during them."""

@@ -529,7 +529,6 @@ def _linear_gelu_kernel(
         rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    acc = acc
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     v = h
     tl.store(
@@ -603,7 +602,6 @@ def _linear_gelu_tanh_kernel(
         rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    acc = acc
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     v = h
     inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
@@ -678,7 +676,6 @@ def _linear_add_kernel(
         rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    acc = acc
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_N,
@@ -757,7 +754,6 @@ def _lm_head_scale_kernel(
         rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_ptrs + start, mask=in_V & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    acc = acc
     raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(logits + i_S * logits_S + i_V, raw * factor, mask=is_row & in_V)
 
@@ -828,7 +824,6 @@ def _lm_head_soft_cap_kernel(
         rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_ptrs + start, mask=in_V & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    acc = acc
     raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(logits + i_S * logits_S + i_V, device.tanh(raw / cap) * cap, mask=is_row & in_V)
 
