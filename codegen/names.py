@@ -85,7 +85,7 @@ DIMS = CLASSES | frozenset(
         "Routes",
         "Routing",
     }
-    | {"SampleEpilogue", "Scratch", "Sum", "TUNING", "Tuning"}
+    | {"SampleEpilogue", "Scratch", "Sum", "TUNING", "Tuning", "Weight"}
     | {"CASES", "KERNELS", "LOG2E", "OPS", "PASSES", "ROWS", "SAGE"}
 )
 """Names that no dim or element type may have: they are variables in kernels of all targets."""

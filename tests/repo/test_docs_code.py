@@ -82,7 +82,7 @@ def commands_of(text: str) -> Iterator[list[str]]:
     lines = [line for fence in fences_of(text) for line in fence.lines]
     for line in lines + re.findall(r"`([^`\n]+)`", prose_of(text)):
         if found := re.match(r"(?:\$ )?((?:sagellm|make|python) .*)", line.strip()):
-            yield re.sub(r"\s#.*| [>|] .*", "", found[1]).split()
+            yield re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", re.sub(r"\s#.*| [>|] .*", "", found[1]))
 
 
 def problem_of(words: Sequence[str]) -> str | None:

@@ -28,7 +28,7 @@ def test_a_lock_file_consists_of_pins_with_hashes(name: str) -> None:
     assert TEXTS[name] == lock.HEADER + "".join(LOCKED[name].values())
     for text in LOCKED[name].values():
         assert re.fullmatch(
-            r"\S+==\S+ \\\n(?:    --hash=sha256:[0-9a-f]{64} \\\n)*    --hash=sha256:[0-9a-f]{64}\n", text
+            r"\S+==\S+( ; [^\\\n]+)? \\\n(?:    --hash=sha256:[0-9a-f]{64} \\\n)*    --hash=sha256:[0-9a-f]{64}\n", text
         )
 
 
