@@ -11,10 +11,11 @@ from workloads import Ask, Complete
 
 
 def load_ours(folder: Path, variant: Variant, threads: int) -> Complete:
-    """sageLLM with its kernels, as `LLM(folder)` loads it, without a prefix cache as the others."""
+    """sageLLM with its kernels, as `LLM(...)` loads a folder or a GGUF file, without a prefix cache as the others."""
     from sageLLM import LLM, SamplingParams
 
-    llm = LLM(folder, skip_tokenizer=True, enable_prefix_caching=False)
+    model = folder if variant.form == "bf16" else folder / f"{variant.form}.gguf"
+    llm = LLM(model, skip_tokenizer=True, enable_prefix_caching=False)
 
     def complete(asks: Sequence[Ask]) -> list[list[int]]:
         params = [SamplingParams(max_tokens=ask.num_new, temperature=0.0, ignore_eos=True) for ask in asks]
@@ -87,7 +88,7 @@ def load_openvino(folder: Path, variant: Variant, threads: int) -> Complete:
 
 
 def _prepare_nothing(folder: Path, form: str) -> None:
-    """The engine reads the checkpoint as it is."""
+    """The engine reads the checkpoint as it is, or files that another one has prepared."""
 
 
 def _prepare_gguf(folder: Path, form: str) -> None:

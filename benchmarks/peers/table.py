@@ -14,7 +14,7 @@ from typing import Any
 from correctness import problem_of
 from load import MAX_FOREIGN
 from shapes import WEIGHT_BYTES, Work, work_of
-from variants import VARIANTS, Variant
+from variants import KINDS, VARIANTS, Variant
 from workloads import NUM_DECODED, requests
 
 UNITS = {
@@ -114,7 +114,7 @@ def bound_of(figure: str, work: Work, variant: Variant, isa: str, limits: Mappin
     if not limits or variant.form not in WEIGHT_BYTES:
         return None
     read = limits["read_gb_s"] * 1e9
-    loops = BEST_LOOPS["quantised" if variant.kind == "quantised" and isa == "native" else isa]
+    loops = BEST_LOOPS["quantised" if variant.kind != "16-bit" and isa == "native" else isa]
     peak = max(limits["gflop_s"].get(loop, 0.0) for loop in loops) * 1e9
     if figure == "decode":
         return read / work.decode_bytes(variant.form, 128 + NUM_DECODED // 2)
@@ -133,7 +133,7 @@ def bound_of(figure: str, work: Work, variant: Variant, isa: str, limits: Mappin
 
 def best_peer(figure: str, by_variant: Mapping[str, Mapping[str, Any]], kind: str, voids: Iterable[str]) -> str | None:
     """The name of the best other engine of a class whose check has passed."""
-    others = [n for n in by_variant if n != "ours" and VARIANTS[n].kind == kind and n not in {*voids}]
+    others = [n for n in by_variant if VARIANTS[n].engine != "ours" and VARIANTS[n].kind == kind and n not in {*voids}]
     choose = min if figure in LOWER_IS_BETTER else max
     return choose(others, key=lambda name: by_variant[name]["median"], default=None)
 
@@ -172,14 +172,15 @@ def table_of(shape: str, isa: str, by_figure: Mapping[str, Any], voids: Mapping[
     """Median and spread in percent, of ours also the fraction of the limit, and the ratios to the best peers."""
     names = [name for name in VARIANTS if any(name in row for row in by_figure.values())]
     titles = [f"{n} ({VARIANTS[n].form}, KV {VARIANTS[n].kv})" for n in names]
-    lines = [f"| {shape}, {isa} | {' | '.join(titles)} | ours / best 16-bit | ours / best quantised |"]
-    lines.append("|---" * (len(names) + 3) + "|")
+    kinds = [kind for kind in KINDS if any(VARIANTS[name].kind == kind for name in names)]
+    lines = [f"| {shape}, {isa} | {' | '.join([*titles, *(f'ours / best {kind}' for kind in kinds)])} |"]
+    lines.append("|---" * (len(names) + len(kinds) + 1) + "|")
     for figure, unit in UNITS.items():
         row = by_figure.get(figure, {})
         if not row:
             continue
         cells = [cell_of(row.get(name), name in voids) for name in names]
-        ratios = [ratio_of(figure, row, kind, voids) for kind in ("16-bit", "quantised")]
+        ratios = [ratio_of(figure, row, kind, voids) for kind in kinds]
         lines.append(f"| {unit} | {' | '.join([*cells, *ratios])} |")
     return lines
 
@@ -194,9 +195,10 @@ def cell_of(one: Mapping[str, Any] | None, is_void: bool) -> str:
 
 def ratio_of(figure: str, row: Mapping[str, Any], kind: str, voids: Mapping[str, str]) -> str:
     best = best_peer(figure, row, kind, voids)
-    if best is None or "ours" not in row:
+    ours = next((n for n in row if VARIANTS[n].engine == "ours" and VARIANTS[n].kind == kind and n not in voids), None)
+    if best is None or ours is None:
         return ""
-    return f"{row['ours']['median'] / row[best]['median']:.2f} ({best})"
+    return f"{row[ours]['median'] / row[best]['median']:.2f} ({best})"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
 class Variant:
     """One column of the table.
 
-    `form` is the form of the weights that the engine reads, `kind` the class in which it competes. `workloads` is empty
-    for all of them.
+    `form` is the form of the weights that the engine reads, `kind` the class in which it competes. `skipped` are the
+    workloads that it does not run.
     """
 
     name: str
@@ -26,11 +26,13 @@ class Variant:
     @property
     def tie_limit(self) -> float:
         """The largest gap to the best logit, in standard deviations of the logits, that counts as a near-tie."""
-        if self.kind == "quantised":
-            return 2.5 if self.form == "q4_0" else 0.5  # random weights lose more in 4 bits than trained ones
-        return 0.3 if self.kv == "u8" else 0.15
+        if self.kind == "16-bit":
+            return 0.3 if self.kv == "u8" else 0.15
+        return 0.5 if self.kind == "8-bit" else 2.5  # random weights lose more in 4 bits than trained ones
 
 
+KINDS = ("16-bit", "8-bit", "4-bit")
+"""Classes of weights; engines are compared within a class."""
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -41,9 +43,12 @@ VARIANTS = {
         Variant("llama.cpp", "llama", "bf16", "f16"),
         Variant("llama.cpp-f16", "llama", "f16", "f16"),
         Variant("transformers", "transformers", "bf16", "bf16", skipped=("serve_16", "serve_32")),
-        Variant("openvino-int8", "openvino", "int8", "u8", kind="quantised"),
-        Variant("llama.cpp-q8_0", "llama", "q8_0", "f16", kind="quantised"),
-        Variant("llama.cpp-q4_0", "llama", "q4_0", "f16", kind="quantised"),
+        Variant("openvino-int8", "openvino", "int8", "u8", kind="8-bit"),
+        Variant("llama.cpp-q8_0", "llama", "q8_0", "f16", kind="8-bit"),
+        Variant("llama.cpp-q4_0", "llama", "q4_0", "f16", kind="4-bit"),
+        # These read the files that the two variants above have prepared.
+        Variant("ours-q8_0", "ours", "q8_0", "bf16", kind="8-bit"),
+        Variant("ours-q4_0", "ours", "q4_0", "bf16", kind="4-bit"),
     )
 }
 

@@ -102,7 +102,7 @@ def process(value: float, foreign: float = 0.0, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """Two rounds of three engines, of which one is wrong and one sample was disturbed."""
+    """Two rounds of three engines, of which one is wrong and one sample was disturbed; one of 8-bit weights."""
     files = {
         "limits.first": {"read_gb_s": 50.0, "gflop_s": {"avx2_f32": 200.0, "avx512_bf16": 400.0}},
         "limits.last-1": {"read_gb_s": 54.0, "gflop_s": {"avx2_f32": 210.0, "avx512_bf16": 390.0}},
@@ -115,6 +115,9 @@ def state(tmp_path: Path) -> Path:
         "135m.vllm.native.1": process(50.0),
         "135m.llama.cpp.native.0": process(900.0),
         "0.6b.ours.avx2.0": process(10.0),
+        **{f"check.135m.{name}": {"problem": None} for name in ("ours-q8_0", "llama.cpp-q8_0")},
+        "135m.ours-q8_0.native.0": process(30.0),
+        "135m.llama.cpp-q8_0.native.0": process(62.0),
         "135m.openvino.native.0": {"error": "Traceback\nValueError: no"},
     }
     for name, data in files.items():
@@ -138,6 +141,7 @@ def test_the_table_has_medians_ratios_and_fractions(peers: SimpleNamespace, stat
     assert "reads 54.0 GB/s; GFLOP/s: avx2_f32 210, avx512_bf16 400." in text
     (row,) = [line for line in text.splitlines() if line.startswith("| decode") and "102" in line]
     assert "| void |" in row and "2.00 (vllm)" in row, "an engine with wrong tokens is left out"
+    assert row.endswith("| 2.00 (vllm) | 0.49 (llama.cpp-q8_0) |"), "classes are compared on their own"
     assert "llama.cpp is void: a token is 3 deviations below the best" in text
     assert "| 0.6b, avx2 |" in text
     cold = next(line for line in text.partition("| 135m, native")[2].splitlines() if "cold" in line)
