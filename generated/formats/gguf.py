@@ -229,5 +229,389 @@ GGUF = QuantMethod(
                 ),
             ),
         ),
+        Format(
+            name="q4_1",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (3,)},
+            sizes={"B": 32},
+            block_bytes=20,
+            tensors=(
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "m",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="q5_0",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (6,)},
+            sizes={"B": 32},
+            block_bytes=22,
+            tensors=(
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "high",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (8,)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="q5_1",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (7,)},
+            sizes={"B": 32},
+            block_bytes=24,
+            tensors=(
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "m",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "high",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (8,)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="q2_k",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (10,)},
+            sizes={"B": 256},
+            block_bytes=84,
+            tensors=(
+                StoredPart(
+                    "s",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (16,)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (4,)),
+                    ),
+                ),
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "dmin",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="q3_k",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (11,)},
+            sizes={"B": 256},
+            block_bytes=110,
+            tensors=(
+                StoredPart(
+                    "high",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (8,)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (4,)),
+                    ),
+                ),
+                StoredPart(
+                    "s",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (32,)),
+                    ),
+                ),
+                StoredPart(
+                    "t",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (64,)),
+                    ),
+                ),
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="q5_k",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (13,)},
+            sizes={"B": 256},
+            block_bytes=176,
+            tensors=(
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "dmin",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "s",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (64,)),
+                    ),
+                ),
+                StoredPart(
+                    "m",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (64,)),
+                    ),
+                ),
+                StoredPart(
+                    "high",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (64,)),
+                    ),
+                ),
+                StoredPart(
+                    "top",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (8,)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="iq4_nl",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (20,)},
+            sizes={"B": 32},
+            block_bytes=18,
+            tensors=(
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="iq4_xs",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (23,)},
+            sizes={"B": 256},
+            block_bytes=136,
+            tensors=(
+                StoredPart(
+                    "d",
+                    "f16",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "t",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (128,)),
+                    ),
+                ),
+                StoredPart(
+                    "s",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (64,)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
+        Format(
+            name="mxfp4",
+            spec="specs/formats/gguf.yaml: gguf",
+            weight=("N", "K"),
+            when={"type": (39,)},
+            sizes={"B": 32},
+            block_bytes=17,
+            codes=Codes("fp4", "32", ""),
+            tensors=(
+                StoredPart(
+                    "e",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                    ),
+                ),
+                StoredPart(
+                    "q",
+                    "u8",
+                    (
+                        Extent("N", (), ()),
+                        Extent("K", (), ("B",)),
+                        Extent("B", (), (2,)),
+                    ),
+                ),
+            ),
+        ),
     ),
 )

@@ -26,7 +26,11 @@ SCHEMES = {
     "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}),
     "fp8_tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}),
 }
-TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "BF16")
+TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL",
+         "IQ4_XS", "MXFP4")  # fmt: skip
+SCALES = {"Q4_K": (0, 4), "Q6_K": (208, 210), "Q2_K": (80, 84), "Q3_K": (108, 110), "Q5_K": (0, 4), "IQ4_NL": (0, 2),
+          "IQ4_XS": (0, 2)}  # fmt: skip
+"""The places of float16 scales in blocks that the library cannot make."""
 
 
 def compressed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,11 +57,10 @@ def blocks(name: str, weight: np.ndarray, random: np.random.Generator) -> dict[s
         raw = quantize(weight, kind).view(np.uint8).reshape(weight.shape[0], -1)
     except NotImplementedError:
         raw = random.integers(0, 256, (weight.shape[0], weight.shape[1] // length * size), dtype=np.uint8)
-        scales = {"Q4_K": [(0, 4)], "Q6_K": [(208, 210)]}[name]
+        start, stop = SCALES[name]
         for block in range(weight.shape[1] // length):
-            for start, stop in scales:
-                half = random.uniform(-1, 1, (weight.shape[0], (stop - start) // 2)).astype(np.float16)
-                raw[:, block * size + start : block * size + stop] = half.view(np.uint8)
+            half = random.uniform(-1, 1, (weight.shape[0], (stop - start) // 2)).astype(np.float16)
+            raw[:, block * size + start : block * size + stop] = half.view(np.uint8)
     return {f"{name}.blocks": torch.from_numpy(raw), f"{name}.value": torch.from_numpy(dequantize(raw, kind))}
 
 

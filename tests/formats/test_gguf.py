@@ -173,7 +173,7 @@ Q = gguf_files.text("blk.0.attn_q.weight") + struct.pack("<IQQ", 2, 64, 64)
         (b"GGUF\3", b"GGUF\1", "byte 8 of the header: version 1 is not supported; supported are 2 and 3"),
         (b"llama.block_count", b"llama.block_counT", "'llama.block_count' must be a number, got null"),
         (gguf_files.typed("llama"), gguf_files.typed("mamba"), "must be one of llama, qwen2, qwen3, qwen3moe, got"),
-        (Q + struct.pack("<I", 8), Q + struct.pack("<I", 10), "'blk.0.attn_q.weight' has the type 10, which is not"),
+        (Q + struct.pack("<I", 8), Q + struct.pack("<I", 16), "'blk.0.attn_q.weight' has the type 16, which is not"),
         (Q, Q[:-16] + struct.pack("<QQ", 60, 64), "the rows of 'blk.0.attn_q.weight' must be multiples of 32 elements"),
         (Q, Q[:-16] + struct.pack("<QQ", 64, 2**40), "'blk.0.attn_q.weight' ends at byte"),
         (Q, Q[:-16] + struct.pack("<QQ", 64, 2**60), "'blk.0.attn_q.weight' of the shape [1152921504606846976, 64] is"),

@@ -23,12 +23,10 @@ COMPRESSED = {
     "fp8_tensor": ("fp8_tensor", {}),
 }
 BLOCKS = {
-    "Q8_0": "q8_0",
-    "Q4_0": "q4_0",
-    "Q4_K": "q4_k",
-    "Q6_K": "q6_k",
     "F16": "float16",
     "BF16": "bfloat16",
+    **{name: name.lower() for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")},
+    **{name: name.lower() for name in ("IQ4_NL", "IQ4_XS", "MXFP4")},
 }
 
 

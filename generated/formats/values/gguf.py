@@ -5,15 +5,25 @@
 import torch
 from torch import Tensor
 
-from .algebra import bits, joined
+from .algebra import bits, joined, lookup, power_of_two
 
 __all__ = [
     "bfloat16",
     "float16",
     "float32",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
+    "mxfp4_codes",
+    "q2_k",
+    "q3_k",
     "q4_0",
     "q4_0_codes",
+    "q4_1",
     "q4_k",
+    "q5_0",
+    "q5_1",
+    "q5_k",
     "q6_k",
     "q8_0",
     "q8_0_codes",
@@ -139,3 +149,164 @@ def q6_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
         1,
         K,
     )
+
+
+# specs/formats/gguf.yaml: gguf
+def q4_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Blocks of 32 values of 4 bits with a scale and an offset.
+
+    w[N, K] = d * bits(q, 4, B, 16) + m"""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    m = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+    q = blocks[..., 4:20]
+    d = d.to(of)
+    m = m.to(of)
+    return joined(d[..., None] * bits(q, 4, 2, run=16) + m[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Blocks of 32 values of 5 bits around 16; the highest bits come first.
+
+    w[N, K] = d * (bits(q, 4, B, 16) + 16 * bits(high, 1, B) - 16)"""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    high = blocks[..., 2:6]
+    q = blocks[..., 6:22]
+    d = d.to(of)
+    return joined(d[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2) - 16), 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Blocks of 32 values of 5 bits with a scale and an offset.
+
+    w[N, K] = d * (bits(q, 4, B, 16) + 16 * bits(high, 1, B)) + m"""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    m = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+    high = blocks[..., 4:8]
+    q = blocks[..., 8:24]
+    d = d.to(of)
+    m = m.to(of)
+    return joined(d[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2)) + m[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q2_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Super-blocks of 16 blocks of 16 values of 2 bits, with scales and minima of 4 bits.
+
+    w[N, K] = d * rep(s % 16, 16, B) * bits(q, 2, B, 32) - dmin * rep(s // 16, 16, B)"""
+    s = blocks[..., 0:16]
+    q = blocks[..., 16:80]
+    d = blocks[..., 80:82].contiguous().view(torch.float16)[..., 0]
+    dmin = blocks[..., 82:84].contiguous().view(torch.float16)[..., 0]
+    s = s.int()
+    d = d.to(of)
+    dmin = dmin.to(of)
+    return joined(
+        d[..., None] * (s % 16).repeat_interleave(16, 2) * bits(q, 2, 2, run=32)
+        - dmin[..., None] * (s // 16).repeat_interleave(16, 2),
+        1,
+        K,
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+def q3_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Super-blocks of 16 blocks of 16 values of 3 bits around 4, with scales of 6 bits around 32.
+
+    scales = bits(s, 4, B, 8) + 16 * bits(t, 2, B, 4) - 32
+    w[N, K] = d * rep(scales, 16, B) * (bits(q, 2, B, 32) + 4 * bits(high, 1, B, 32) - 4)"""
+    high = blocks[..., 0:32]
+    q = blocks[..., 32:96]
+    s = blocks[..., 96:104]
+    t = blocks[..., 104:108]
+    d = blocks[..., 108:110].contiguous().view(torch.float16)[..., 0]
+    d = d.to(of)
+    scales = bits(s, 4, 2, run=8) + 16 * bits(t, 2, 2, run=4) - 32
+    return joined(
+        d[..., None] * scales.repeat_interleave(16, 2) * (bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32) - 4),
+        1,
+        K,
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Super-blocks of 8 blocks of 32 values of 5 bits, with scales and minima as those of q4_k.
+
+    scales = cat(s % 64, high % 16 + 16 * (s // 64), B)
+    minima = cat(m % 64, high // 16 + 16 * (m // 64), B)
+    w[N, K] = d * rep(scales, 32, B) * (bits(q, 4, B, 32) + 16 * bits(top, 1, B, 32)) - dmin * rep(minima, 32, B)"""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+    s = blocks[..., 4:8]
+    m = blocks[..., 8:12]
+    high = blocks[..., 12:16]
+    top = blocks[..., 16:48]
+    q = blocks[..., 48:176]
+    d = d.to(of)
+    dmin = dmin.to(of)
+    s = s.int()
+    m = m.int()
+    high = high.int()
+    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
+    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    return joined(
+        d[..., None] * scales.repeat_interleave(32, 2) * (bits(q, 4, 2, run=32) + 16 * bits(top, 1, 2, run=32))
+        - dmin[..., None] * minima.repeat_interleave(32, 2),
+        1,
+        K,
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+def iq4_nl(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Blocks of 32 values of a table of 16 uneven steps.
+
+    w[N, K] = d * lut(bits(q, 4, B, 16), STEPS)"""
+    STEPS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    q = blocks[..., 2:18]
+    d = d.to(of)
+    return joined(d[..., None] * lookup(bits(q, 4, 2, run=16), STEPS, of), 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def iq4_xs(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Super-blocks of 8 blocks of 32 values of the table of iq4_nl, with scales of 6 bits around 32.
+
+    scales = bits(s, 4, B) + 16 * bits(t, 2, B) - 32
+    w[N, K] = d * rep(scales, 32, B) * lut(bits(q, 4, B, 16), STEPS)"""
+    STEPS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    t = blocks[..., 2:4]
+    s = blocks[..., 4:8]
+    q = blocks[..., 8:136]
+    d = d.to(of)
+    scales = bits(s, 4, 2) + 16 * bits(t, 2, 2) - 32
+    return joined(d[..., None] * scales.repeat_interleave(32, 2) * lookup(bits(q, 4, 2, run=16), STEPS, of), 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def mxfp4(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
+    """Blocks of 32 values of E2M1 with a power of two as scale (OCP MX 1.0), as in gpt-oss.
+
+    w[N, K] = lut(bits(q, 4, B, 16), E2M1) * e8m0(e)"""
+    E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+    e = blocks[..., 0:1][..., 0]
+    q = blocks[..., 1:17]
+    e = e.int()
+    return joined(lookup(bits(q, 4, 2, run=16), E2M1, of) * power_of_two(e, of)[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def mxfp4_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes and scales of mxfp4, and zeros if there are any."""
+    e = blocks[..., 0:1][..., 0]
+    q = blocks[..., 1:17]
+    e = e.int()
+    return joined(bits(q, 4, 2, run=16), 1, K), power_of_two(e, torch.float32)
