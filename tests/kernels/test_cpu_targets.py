@@ -18,18 +18,14 @@ TARGETS = {
     "AVX512_BF16": "-march=cooperlake",
     "AMX": "-march=sapphirerapids",
 }
-FORMS = {"linear": ("int8_codes", "int4_codes", "fp4_codes"), "experts": ("int8_codes",)}
-"""Forms of packed weights by file, besides plain ones."""
-VARIANTS = [
-    (file, element, form)
-    for file, element in (
-        ("linear", "sage::bf16"),
-        ("linear", "float"),
-        ("attention", "sage::bf16"),
-        ("experts", "sage::bf16"),
-    )
-    for form in (None, *FORMS.get(file, ()))
-]
+VARIANTS = (
+    ("linear", "sage::bf16", None),
+    ("linear", "float", None),
+    ("linear", "sage::bf16", "int8_codes"),
+    ("experts", "sage::bf16", "fp4_codes"),
+    ("attention", "sage::bf16", None),
+)
+"""File, element type and form of packed weights: each uses other microkernels."""
 
 
 @needs_compiler
