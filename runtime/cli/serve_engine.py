@@ -8,6 +8,7 @@ when its parent has died.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -64,6 +65,8 @@ def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: 
         return
     try:
         warm_up(llm)
+        gc.collect()
+        gc.freeze()  # the engine stays until the process ends: a full collection would look at its graphs in vain
         send(describe(llm, options.pd, options.scheduling_policy, options.max_num_seqs))
         EngineLoop(llm, commands, send).run()
     finally:
