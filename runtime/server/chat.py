@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 from sageLLM.runtime.server.admission import CHARS_PER_TOKEN, Ticket
 from sageLLM.runtime.server.bodies import ChatBody
@@ -23,7 +22,7 @@ from sageLLM.runtime.server.prompts import (
     template_variables,
 )
 from sageLLM.runtime.server.service import Service
-from sageLLM.runtime.server.streams import keep_alive
+from sageLLM.runtime.server.streams import PLACE, TextFrame, frame, keep_alive
 from sageLLM.runtime.server.tools import ToolUse, tool_use, usable_tools
 
 
@@ -195,25 +194,31 @@ class Chat:
         has_usage = self.service.settings.enable_force_include_usage or bool(options and options.include_usage)
         is_continuous = bool(options and options.continuous_usage_stats and has_usage)
         steps = keep_alive(self.generation.steps(), self.exchange, self.service.settings.sse_keep_alive_interval)
+        plain = [] if self._has_details or is_continuous else self._text_frames()
+        extra: dict[str, Any] = {}
         has_roles = False
         async for pieces in steps:
-            # The first chunks are sent with the first output, so that an early error is a response of its own.
-            chunks = [] if has_roles else self._first_chunks()
-            has_roles = True
-            chunks += [chunk for piece in pieces for chunk in self._chunks(piece, has_fingerprint=not has_usage)]
             if is_continuous:
-                usage = self.service.running_usage(self.generation)
-                chunks = [chunk | {"usage": usage} for chunk in chunks]
+                extra = {"usage": self.service.running_usage(self.generation)}
+            # The first chunks are sent with the first output, so that an early error is a response of its own.
+            frames = [] if has_roles else [frame(chunk | extra) for chunk in self._first_chunks()]
+            has_roles = True
+            for piece in pieces:
+                parts = self._parse(piece)
+                if plain and piece.finish_reason is None and len(parts) == 1 and parts[0].content:
+                    frames.append(plain[piece.index](parts[0].content))
+                else:
+                    chunks = self._chunks(piece, parts, has_fingerprint=not has_usage)
+                    frames += [frame(chunk | extra) for chunk in chunks]
             if not self.exchange.is_streaming:
                 await self.exchange.start_stream()
-            if chunks:
-                encoded = (b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
-                await self.exchange.write(b"".join(encoded))
+            if frames:
+                await self.exchange.write(b"".join(frames))
         tail = b""
         if has_usage:
             end = self.head | {"choices": [], "usage": self.service.usage(self.generation, self.num_reasoning_tokens)}
             end["system_fingerprint"] = self.service.fingerprint
-            tail = b"data: " + msgspec.json.encode(end) + b"\n\n"
+            tail = frame(end)
         await self.exchange.write(tail + DONE)
         await self.exchange.end_stream()
 
@@ -234,14 +239,28 @@ class Chat:
                 chunks.append(self.head | {"choices": [choice | {"delta": {"content": self.echoed}}]})
         return chunks
 
-    def _chunks(self, piece: Piece, *, has_fingerprint: bool) -> list[dict[str, Any]]:
+    @property
+    def _has_details(self) -> bool:
+        """Whether chunks have more than a part of the answer."""
+        return bool(self.body.logprobs or self.body.return_token_ids)
+
+    def _text_frames(self) -> list[TextFrame]:
+        """The frames of content before the end, for each answer."""
+        found = []
+        for answer in self.generation.answers:
+            piece = Piece(answer.index, PLACE, [], None, None, None)
+            [chunk] = self._chunks(piece, [ParsedText(content=PLACE)], has_fingerprint=False)
+            found.append(TextFrame(chunk))
+        return found
+
+    def _chunks(self, piece: Piece, parts: Sequence[ParsedText], *, has_fingerprint: bool) -> list[dict[str, Any]]:
         """One chunk, or several if the text has several parts; the last one has the end."""
-        deltas = [delta for part in self._parse(piece) for delta in deltas_of(part)]
+        deltas = [delta for part in parts for delta in deltas_of(part)]
         is_end = piece.finish_reason is not None
         if not deltas:
-            if not is_end and not self.body.logprobs and not self.body.return_token_ids:
+            if not is_end and not self._has_details:
                 return []  # an incomplete character, or the beginning of a stop string
-            deltas = [{"content": ""}] if self.body.logprobs or self.body.return_token_ids else [{}]
+            deltas = [{"content": ""}] if self._has_details else [{}]
         chunks = []
         for number, delta in enumerate(deltas, start=1):
             is_last = number == len(deltas)
@@ -290,7 +309,7 @@ def deltas_of(part: ParsedText) -> list[dict[str, Any]]:
     return deltas
 
 
-def join_tool_calls(calls: list[dict[str, Any]], deltas: list[dict[str, Any]]) -> None:
+def join_tool_calls(calls: list[dict[str, Any]], deltas: Sequence[dict[str, Any]]) -> None:
     """Adds the pieces of a stream to whole calls: the first piece of a call has its id and name."""
     for delta in deltas:
         index = delta.get("index", len(calls))

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from sageLLM.runtime.server.admission import CHARS_PER_TOKEN, Ticket
 from sageLLM.runtime.server.bodies import CompletionBody
 from sageLLM.runtime.server.exchange import DONE, Exchange
@@ -23,7 +21,7 @@ from sageLLM.runtime.server.prompts import (
     tokenize,
 )
 from sageLLM.runtime.server.service import Service
-from sageLLM.runtime.server.streams import keep_alive
+from sageLLM.runtime.server.streams import PLACE, TextFrame, frame, keep_alive
 
 UNSCORED = 0
 """The rank of a prompt's first token, which nothing precedes."""
@@ -141,17 +139,21 @@ class Completion:
         has_usage = self.service.settings.enable_force_include_usage or bool(options and options.include_usage)
         is_continuous = bool(options and options.continuous_usage_stats and has_usage)
         is_new = [True] * len(self.generation.answers)
+        plain = [] if self._has_details or is_continuous else self._text_frames()
         steps = keep_alive(self.generation.steps(), self.exchange, self.service.settings.sse_keep_alive_interval)
         async for pieces in steps:
             chunks = []
             for piece in pieces:
+                if plain and piece.finish_reason is None:
+                    chunks.append(plain[piece.index](piece.text))
+                    continue
                 chunk = self._chunk(piece, is_first=is_new[piece.index])
                 is_new[piece.index] = False
                 if piece.finish_reason is not None and not has_usage:
                     chunk["system_fingerprint"] = self.service.fingerprint  # else it comes with the usage
                 if is_continuous:
                     chunk["usage"] = self.service.running_usage(self.generation)
-                chunks += [b"data: ", msgspec.json.encode(chunk), b"\n\n"]
+                chunks.append(frame(chunk))
             if not self.exchange.is_streaming:
                 await self.exchange.start_stream()
             await self.exchange.write(b"".join(chunks))
@@ -159,9 +161,19 @@ class Completion:
         if has_usage:
             end = self.head | {"choices": [], "usage": self.service.usage(self.generation)}
             end["system_fingerprint"] = self.service.fingerprint
-            tail = b"data: " + msgspec.json.encode(end) + b"\n\n"
+            tail = frame(end)
         await self.exchange.write(tail + DONE)
         await self.exchange.end_stream()
+
+    @property
+    def _has_details(self) -> bool:
+        """Whether a chunk before the end has more than a text."""
+        return self.body.echo or self.body.logprobs is not None or bool(self.body.return_token_ids)
+
+    def _text_frames(self) -> list[TextFrame]:
+        """The frames of chunks before the end, for each answer."""
+        pieces = (Piece(answer.index, PLACE, [], None, None, None) for answer in self.generation.answers)
+        return [TextFrame(self._chunk(piece, is_first=False)) for piece in pieces]
 
     def _chunk(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
         text = "" if self.is_dropped else piece.text

@@ -45,31 +45,38 @@ class EngineLostError(EngineError):
 class Inbox:
     """The deltas that a handler has not taken yet, of one or more requests. `take` waits for new ones."""
 
-    __slots__ = ("_deltas", "_error", "_event")
+    __slots__ = ("_deltas", "_error", "_waiter")
 
     def __init__(self) -> None:
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
-        self._event = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the only handler
 
     def push(self, delta: Delta) -> None:
         self._deltas.append(delta)
-        self._event.set()
+        if self._waiter is not None:
+            self._wake(self._waiter)
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._event.set()
+        if self._waiter is not None:
+            self._wake(self._waiter)
 
     async def take(self) -> list[Delta]:
         """All new deltas, at least one. Raises RequestError for an invalid request, EngineError for a failed step."""
-        await self._event.wait()
+        if not self._deltas and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._deltas:
             deltas, self._deltas = self._deltas, []
-            if self._error is None:
-                self._event.clear()
             return deltas
         assert self._error is not None
         raise self._error
+
+    def _wake(self, waiter: asyncio.Future[None]) -> None:
+        self._waiter = None
+        if not waiter.done():
+            waiter.set_result(None)
 
 
 class EngineClient:

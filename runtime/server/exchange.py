@@ -15,6 +15,8 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+WriteChunk = Callable[[bytes], bool]
+"""Writes a chunk of a response that has started; False if the connection cannot take it now, and nothing is written."""
 
 DONE = b"data: [DONE]\n\n"
 ANTHROPIC = "/v1/messages"
@@ -53,6 +55,7 @@ class Exchange:
         self.ignored: list[str] = []
         self._kind = error_kind(scope)
         self._watcher: asyncio.Task[None] | None = None
+        self._write_chunk: WriteChunk | None = scope["state"].get("write_chunk")
 
     def header(self, name: bytes) -> str | None:
         return header_of(self.scope, name)
@@ -129,6 +132,9 @@ class Exchange:
         self.is_streaming = True
 
     async def write(self, data: bytes) -> None:
+        """Sends a part of a stream: by the connection itself if it can take it now, else through the application."""
+        if self._write_chunk is not None and self._write_chunk(data):
+            return
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end_stream(self) -> None:

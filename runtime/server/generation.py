@@ -42,7 +42,7 @@ class Traits:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """New text and tokens of one answer; `scores` has the sampled token first in each entry."""
 
@@ -191,17 +191,16 @@ class Generation:
         if delta.num_cached_tokens is not None:
             self._note_prompt(delta, answer)
         num_taken = self._append(answer, delta)
-        scores = None
+        text, new, scores = answer.text, delta.token_ids, None
+        if num_taken < len(new):
+            new = new[:num_taken]
         if delta.logprobs is not None:
-            scores = self._scores(answer.last_ids, delta.token_ids[:num_taken], delta.logprobs[:num_taken])
-        new = delta.token_ids[:num_taken]
-        answer.last_ids = [*answer.last_ids, *new][-NUM_LAST_TOKENS:]
+            scores = self._scores(answer.last_ids, new, delta.logprobs[:num_taken])
+            answer.last_ids = [*answer.last_ids, *new][-NUM_LAST_TOKENS:]
         self._measure(answer, num_taken, now)
-        if answer.is_finished:
+        if text.finish_reason is not None:
             self._end(answer, delta, now)
-        return Piece(
-            answer.index, answer.text.take_delta(), new, scores, answer.text.finish_reason, answer.text.stop_reason
-        )
+        return Piece(answer.index, text.take_delta(), new, scores, text.finish_reason, text.stop_reason)
 
     def _append(self, answer: Answer, delta: Delta) -> int:
         """Adds tokens up to the end of the answer; returns their number."""
@@ -241,9 +240,8 @@ class Generation:
 
     def _measure(self, answer: Answer, num_tokens: int, now: float) -> None:
         if num_tokens:
-            if answer.num_tokens:
-                self._metrics.inter_token_latency.observe((now - answer.last_time) / num_tokens)
-            self._metrics.generation_tokens.inc(num_tokens)
+            gap = (now - answer.last_time) / num_tokens if answer.num_tokens else None
+            self._metrics.tokens.count(num_tokens, gap)
             answer.num_tokens += num_tokens
             answer.last_time = now
 

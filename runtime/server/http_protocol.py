@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -19,6 +20,16 @@ def protocol_of(gate: Gate) -> type[HttpToolsProtocol]:
         _gate = gate
 
     return BoundProtocol
+
+
+def write_chunk(cycle: RequestResponseCycle, data: bytes) -> bool:
+    """A chunk of a stream that has started, as `cycle.send` writes it, without its tasks and messages."""
+    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
+        return False
+    if not cycle.chunked_encoding or not data:  # an empty chunk would end the response
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -80,6 +91,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if (response := self._gate.refuse_early(cast(Scope, cycle.scope))) is None:
+            cycle.scope["state"]["write_chunk"] = partial(write_chunk, cycle)
             super()._start_asgi_task(cycle, app)
             return
         self.transport.write(response)

@@ -11,6 +11,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from sageLLM.runtime.server.messages import Load, Ready
+from sageLLM.runtime.server.token_meter import TokenMeter
 
 REASONS = ("stop", "length", "abort", "error", "repetition")
 REFUSALS = ("requests", "tokens", "draining", "not_ready", "auth", "body")
@@ -100,7 +101,8 @@ class Metrics:
         self.queued_tokens = self._gauge("num_tokens_queued", "Prompt tokens of these requests.")
 
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with a first token.")
-        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.tokens = TokenMeter(f"{namespace}:", self._values, ITL)
+        self.registry.register(self.tokens)
         self.preemptions = self._counter("num_preemptions", "Requests that lost their KV.")
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
@@ -126,7 +128,6 @@ class Metrics:
         self._refusals = {reason: refused.labels(**self._values, reason=reason) for reason in REFUSALS}
 
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Time to the first token.", TTFT)
-        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Time between tokens.", ITL)
         self.time_per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, per answer.", ITL
         )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from sageLLM.runtime.core.dialects.events import CallStart, Content, Event, Thought
 from sageLLM.runtime.core.dialects.parser import DialectParser
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedText:
+class ParsedText(NamedTuple):
     """A part of an answer, of one kind. `tool_calls` are entries of a chunk's `tool_calls`, in OpenAI's form."""
 
     content: str = ""
     reasoning: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: Sequence[dict[str, Any]] = ()
 
 
 class OutputParser(Protocol):

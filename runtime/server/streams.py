@@ -1,23 +1,42 @@
-"""Keeps an idle stream open: comments between the steps, for proxies that close quiet connections."""
+"""Event streams: frames of chunks, and comments that keep an idle stream open."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import TypeVar
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, TypeVar
+
+import msgspec
 
 from sageLLM.runtime.server.exchange import Exchange
 
 T = TypeVar("T")
 COMMENT = b": keep-alive\n\n"
+PLACE = "\0text\0"
 
 
-async def keep_alive(steps: AsyncIterator[T], exchange: Exchange, seconds: float) -> AsyncIterator[T]:
+def frame(chunk: Mapping[str, Any]) -> bytes:
+    """The event of one object."""
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+class TextFrame:
+    """Frames of chunks that differ in one text. Most chunks of a stream do, so the rest is encoded once."""
+
+    def __init__(self, chunk: Mapping[str, Any]) -> None:
+        """`chunk` has PLACE as this text."""
+        self._before, _, self._after = frame(chunk).rpartition(msgspec.json.encode(PLACE))
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + msgspec.json.encode(text) + self._after
+
+
+def keep_alive(steps: AsyncIterator[T], exchange: Exchange, seconds: float) -> AsyncIterator[T]:
     """The steps; a comment is written whenever none came for so long. 0 turns this off."""
-    if not seconds:
-        async for one in steps:
-            yield one
-        return
+    return _with_comments(steps, exchange, seconds) if seconds else steps
+
+
+async def _with_comments(steps: AsyncIterator[T], exchange: Exchange, seconds: float) -> AsyncIterator[T]:
     following: asyncio.Future[T | None] = asyncio.ensure_future(anext(steps, None))
     try:
         while True:

@@ -25,6 +25,10 @@ class Decoder(Protocol):
         """Tokens of single bytes in a vocabulary with byte fallback; a run of them is decoded as a whole."""
         ...
 
+    def whole_text(self, token_id: int) -> str:
+        """The text of a token that is the same after any complete character; "" if that is not certain."""
+        ...
+
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
@@ -97,10 +101,13 @@ class Detokenizer:
         """The text that this token makes final, often "" while a character is incomplete."""
         if token_id in self._skipped:
             return ""
+        if self._done == len(self._ids) and not self._in_run and (text := self._decoder.whole_text(token_id)):
+            self._ids, self._context, self._done, self._context_len = [token_id], 0, 1, len(text)
+            return text
         self._ids.append(token_id)
         text = self._decode(self._context, len(self._ids))
-        # An id without text does not end a run.
-        self._in_run = token_id in self._byte_ids or (self._in_run and not self._decoder.decode([token_id], False))
+        # An id without text does not end a run. A space has no text alone, where a decoder drops the leading one.
+        self._in_run = token_id in self._byte_ids or (self._in_run and not self._decoder.decode([token_id] * 2, False))
         if not self._in_run and self._is_final(text):
             return self._emit(text, len(self._ids))
         if len(self._ids) - self._done < MAX_HELD_TOKENS:

@@ -113,15 +113,16 @@ class SequenceText:
         if self.finish_reason is not None:
             raise AssertionError("SequenceText: a token was appended to a finished sequence")
         self.token_ids.append(token_id)
-        ends = self._may_stop and (token_id in self.rules.eos_ids or token_id in self.rules.stop_ids)
+        rules = self.rules
+        ends = (token_id in rules.eos_ids or token_id in rules.stop_ids) and self._may_stop
         # The token that ends the answer is not part of its text, unless the rules keep it.
-        if not ends or self.rules.keeps_stop:
+        if not ends or rules.keeps_stop:
             self._unread.append(token_id)
-            if self.rules.stop_strings:
+            if rules.stop_strings:
                 self._read()
         if self.finish_reason is None and ends:
-            self._finish("stop", None if token_id in self.rules.eos_ids else token_id)
-        if self.finish_reason is None and len(self.token_ids) >= self.rules.max_tokens:
+            self._finish("stop", None if token_id in rules.eos_ids else token_id)
+        if self.finish_reason is None and len(self.token_ids) >= rules.max_tokens:
             self._finish("length", None)
         return self.finish_reason
 
@@ -149,7 +150,11 @@ class SequenceText:
 
     def _grow(self, new: str) -> None:
         """Shows the final part of the held and the new text, and ends the sequence at a stop string in it."""
-        text, stops = self._held + new, self.rules.stop_strings
+        stops = self.rules.stop_strings
+        if not stops:
+            self._show(new)
+            return
+        text = self._held + new
         match = find_stop(text, stops, len(self._held)) if new and self._may_stop else None
         if match is not None:
             self._show(text[: match.start + (len(match.stop) if self.rules.keeps_stop else 0)])

@@ -15,6 +15,7 @@ import tokenizers
 from sageLLM.runtime.errors import TokenizerError
 from sageLLM.runtime.files import read_regular_file
 from sageLLM.runtime.text.added_tokens import add_missing_tokens, special_tokens
+from sageLLM.runtime.text.detokenizer import REPLACEMENT
 from sageLLM.runtime.text.token_text import TokenText
 from sageLLM.runtime.text.tokenizer_probe import TokenizerProbe, caller_error, library_errors
 
@@ -59,6 +60,9 @@ class Tokenizer:
         self.max_text_len = MAX_TEXT_LEN
         self.max_truncated_len = MAX_TEXT_LEN
         self._token_text = TokenText(self, _anchor(backend))
+        # This decoder joins the bytes of the tokens, whatever they are; others look at the tokens to the left.
+        self._joins_bytes = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        self._whole_texts: dict[int, str] = {}
 
     @classmethod
     def from_folder(
@@ -115,6 +119,14 @@ class Tokenizer:
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except BaseException as error:  # not library_errors, as this runs in every step
             raise caller_error(error, "the tokens cannot be decoded") from None
+
+    def whole_text(self, token_id: int) -> str:
+        """The text of a token that is the same after any complete character; "" if that is not certain."""
+        text = self._whole_texts.get(token_id)
+        if text is None:
+            text = self.decode([token_id], skip_special_tokens=False) if self._joins_bytes else ""
+            text = self._whole_texts[token_id] = "" if REPLACEMENT in text else text
+        return text
 
     def token_text(self, token_id: int, before: Sequence[int] = ()) -> str:
         """The text of one token after the tokens `before`, as in logprobs; see `TokenText`."""

@@ -69,6 +69,13 @@ def test_sentencepiece_random_tokens_join_to_the_whole(sentencepiece_like, data,
     assert detokenizer.extend(ids[:cut]) + detokenizer.flush(ids[cut:]) == expected
 
 
+def test_a_space_ends_a_run_of_bytes(sentencepiece_like):
+    """The two runs have more than MAX_HELD_TOKENS bytes together."""
+    word = sentencepiece_like.encode("é你你你", add_special_tokens=False)
+    ids = [*word, word[0], 3, 3, 131, 259]
+    assert "".join(increments(sentencepiece_like, ids)) == sentencepiece_like.decode(ids)
+
+
 @settings(max_examples=200)
 @given(data=st.data())
 def test_sentencepiece_any_bytes_never_lose_later_text(sentencepiece_like, data):

@@ -20,6 +20,9 @@ class LetterTokenizer:
     def __init__(self, texts):
         self.texts = ["<eos>", *texts]
 
+    def whole_text(self, token_id):
+        return self.texts[token_id]
+
     def decode(self, token_ids, skip_special_tokens=True):
         return "".join(self.texts[i] for i in token_ids if not (skip_special_tokens and i == 0))
 
