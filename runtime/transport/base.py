@@ -30,6 +30,8 @@ GATE_SECONDS = 0.1
 MAX_CANCELLED = 4096
 """Cancelled pieces that are remembered; a handle is older than that many cancellations only if it is lost."""
 
+LayerGroups = Iterator[Sequence[int]]
+"""The layers of a piece in order, those together that are sent together."""
 ReportKind = Literal["pushed", "received", "failed", "stopped", "alive"]
 
 
@@ -104,10 +106,10 @@ class Stopped(Exception):
 class QueuedTransport(ABC):
     """A transport that pushes pieces one after another, and checks them one after another.
 
-    The thread of the checks has a low priority, as the worker decodes meanwhile.
+    Threads that work on what arrives have a low priority, the nice value `nice`, as the worker decodes meanwhile.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, nice: int = BACKGROUND) -> None:
         self._place, self.copier = place, make_copier(place.digest)
         self._reports: SimpleQueue[Report | None] = SimpleQueue()
         self._cancelled: OrderedDict[PieceKey, None] = OrderedDict()
@@ -115,7 +117,7 @@ class QueuedTransport(ABC):
         self._pool: PoolShard | None = None
         self._is_closed = False
         self._pushes = JobThread("sagellm-kv-push")
-        self._checks = JobThread("sagellm-kv-check", BACKGROUND)
+        self._checks = JobThread("sagellm-kv-check", nice)
 
     @property
     def pool(self) -> PoolShard:
@@ -160,8 +162,12 @@ class QueuedTransport(ABC):
     # --- for subclasses ---
 
     @abstractmethod
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
         """Writes the layers to a rank of the target; returns their digest when they are there. Raises OSError."""
+
+    def _layers_at_once(self, handle: Handle, route: Route) -> int:
+        """How many layers `_send` is given together, unless each has to be computed first."""
+        return 1
 
     def _interrupt(self, key: PieceKey) -> None:
         """Wakes a `_send` that waits for the other end; by default none waits."""
@@ -206,10 +212,12 @@ class QueuedTransport(ABC):
             return
         self._report("pushed", handle.key, digests=digests)
 
-    def _computed_layers(self, handle: Handle, route: Route, gate: LayerGate | None) -> Iterator[int]:
+    def _computed_layers(self, handle: Handle, route: Route, gate: LayerGate | None) -> LayerGroups:
         """The layers of a route, each when it may be sent. Raises Stopped. Renews the lease."""
-        reported_at = time.monotonic()
-        for layer in route.layers:
+        reported_at, layers = time.monotonic(), route.layers
+        at_once = self._layers_at_once(handle, route) if gate is None else 1
+        for first in range(0, len(layers), at_once):
+            layer = layers[first]
             while gate is not None and not self.is_cancelled(handle.key):
                 if (is_open := gate.wait(layer, GATE_SECONDS)) is not None:
                     break
@@ -219,7 +227,7 @@ class QueuedTransport(ABC):
             if (now := time.monotonic()) - reported_at > ALIVE_SECONDS:
                 reported_at = now
                 self._report("alive", handle.key)
-            yield layer
+            yield layers[first : first + at_once]
 
     def _check(self, handle: Handle, digests: Sequence[int]) -> None:
         if self.is_cancelled(handle.key):
@@ -230,7 +238,8 @@ class QueuedTransport(ABC):
         else:
             self._report("failed", handle.key, reason="the digests of the KV differ")
 
-    def _digest_of(self, route: Route, handle: Handle) -> int:
+    def _digest_of(self, route: Route, handle: Handle) -> int | None:
+        """The digest of what a source rank has sent."""
         digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
         for layer in route.layers:
             for rows in self.pool.rows(layer, span, route.heads):

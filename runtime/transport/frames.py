@@ -1,4 +1,4 @@
-"""Frames of the TCP transport: a fixed head, a msgpack header, and for a layer its rows.
+"""Frames of the TCP transport: a fixed head, a msgpack header, and for layers their rows.
 
     4 bytes "SGKV", 4 bytes length of the header, 8 bytes length of the payload, header, payload
 
@@ -8,22 +8,18 @@ payload is read, and the connection is closed.
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
-from collections import deque
-from collections.abc import Sequence
-from itertools import islice
 
 import msgspec
 
 from sageLLM.runtime.transport.handle import SignedHandle
+from sageLLM.runtime.transport.sockets import receive_into
 
 MAGIC = b"SGKV"
 HEAD = struct.Struct("<4sIQ")
 MAX_HEADER_BYTES = 2**20
 MAX_PAYLOAD_BYTES = 2**31
-MAX_PARTS = os.sysconf("SC_IOV_MAX")
 
 
 class FrameError(Exception):
@@ -37,10 +33,11 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
     source_rank: int
 
 
-class Layer(msgspec.Struct, tag="layer", frozen=True):
-    """The payload has the rows of a layer."""
+class Layers(msgspec.Struct, tag="layers", frozen=True):
+    """The payload has the rows of `count` successive layers."""
 
-    layer: int
+    first: int
+    count: int
 
 
 class End(msgspec.Struct, tag="end", frozen=True):
@@ -53,25 +50,14 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     reason: str | None = None
 
 
-Header = Begin | Layer | End | Reply
+Header = Begin | Layers | End | Reply
 _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Header)
 
 
-def send_frame(stream: socket.socket, header: Header, payload: Sequence[memoryview] = ()) -> None:
-    """Sends a frame. Raises OSError."""
+def send_header(stream: socket.socket, header: Header, num_payload: int = 0) -> None:
+    """Sends the beginning of a frame; `num_payload` bytes must follow. Raises OSError."""
     data = _encoder.encode(header)
-    head = HEAD.pack(MAGIC, len(data), sum(len(part) for part in payload)) + data
-    parts = deque([memoryview(head), *payload])
-    while parts:
-        _drop(parts, stream.sendmsg(list(islice(parts, MAX_PARTS))))
-
-
-def _drop(parts: deque[memoryview], num_bytes: int) -> None:
-    """Removes so many bytes from the front."""
-    while parts and num_bytes >= len(parts[0]):
-        num_bytes -= len(parts.popleft())
-    if num_bytes:
-        parts[0] = parts[0][num_bytes:]
+    stream.sendall(HEAD.pack(MAGIC, len(data), num_payload) + data)
 
 
 def receive_header(stream: socket.socket) -> tuple[Header, int]:
@@ -87,16 +73,6 @@ def receive_header(stream: socket.socket) -> tuple[Header, int]:
         header: Header = _decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise FrameError(f"the header cannot be decoded: {error}") from None
-    if num_payload and not isinstance(header, Layer):
-        raise FrameError("only the frame of a layer has a payload")
+    if num_payload and not isinstance(header, Layers):
+        raise FrameError("only a frame of layers has a payload")
     return header, num_payload
-
-
-def receive_into(stream: socket.socket, *buffers: memoryview) -> None:
-    """Fills the buffers. Raises FrameError at the end of the stream."""
-    parts = deque(buffers)
-    while parts:
-        received, *_ = stream.recvmsg_into(list(islice(parts, MAX_PARTS)), 0, socket.MSG_WAITALL)
-        if not received:
-            raise FrameError("the connection was closed in the middle of a frame")
-        _drop(parts, received)

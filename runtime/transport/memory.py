@@ -4,10 +4,12 @@ Copies are one-sided: the source writes to the blocks that the target has reserv
 So the engine must not reuse the target's blocks before the source has reported the end of the piece, or has died.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 
-from sageLLM.runtime.transport.base import Place, QueuedTransport
+from sageLLM.runtime.transport.base import LayerGroups, Place, QueuedTransport
 from sageLLM.runtime.transport.handle import Handle, SignedHandle
+from sageLLM.runtime.transport.jobs import BACKGROUND
 from sageLLM.runtime.transport.shards import PoolShard, Route
 
 
@@ -17,17 +19,17 @@ class MemoryTransport(QueuedTransport):
     In one process these are the pools themselves, and between processes mappings of their memory.
     """
 
-    def __init__(self, place: Place, open_pool: Callable[[int, int], PoolShard]) -> None:
+    def __init__(self, place: Place, open_pool: Callable[[int, int], PoolShard], nice: int = BACKGROUND) -> None:
         self._open_pool = open_pool
         self._targets: dict[tuple[int, int], PoolShard] = {}
-        super().__init__(place)
+        super().__init__(place, nice)
 
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
         pool, target = self.pool, self._target(handle.target.worker, route.target)
         source_span = pool.span(handle.start, handle.num_tokens, handle.source.blocks)
         target_span = target.span(handle.start, handle.num_tokens, handle.target.blocks)
         digest = 0
-        for layer in layers:
+        for layer in chain.from_iterable(layers):
             rows = pool.rows(layer, source_span, route.heads), target.rows(layer, target_span, route.heads)
             for source, copy in zip(*rows, strict=True):
                 digest = self.copier.copy(source, copy, digest)

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
 
 from sageLLM.runtime.errors import SageError
-from sageLLM.runtime.transport.base import Place, QueuedTransport
+from sageLLM.runtime.transport.base import LayerGroups, Place, QueuedTransport
 from sageLLM.runtime.transport.handle import Handle, SignedHandle
 from sageLLM.runtime.transport.rows import Rows
 from sageLLM.runtime.transport.shards import PoolShard, Route
@@ -67,12 +68,12 @@ class NixlTransport(QueuedTransport):
         encoded = msgspec.msgpack.encode(Address(self._agent.get_agent_metadata(), caches))
         return base64.b64encode(encoded).decode()
 
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
         target = self._target(address, handle.target.worker, route.target)
         source_span = self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
         target_span = target.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
         digest = 0
-        for layer in layers:
+        for layer in chain.from_iterable(layers):
             own = self.pool.rows(layer, source_span, route.heads)
             other = target.pool.rows(layer, target_span, route.heads)
             bases = self._cache_addresses(target, layer)

@@ -1,10 +1,12 @@
-"""Rows of KV in a paged pool, and copies of them with a digest."""
+"""Rows of KV in a paged pool, and copies of them with a digest, also to and from a socket."""
 
 from __future__ import annotations
 
+import os
+import socket
 import zlib
 from collections.abc import Iterator, Sequence
-from ctypes import byref
+from ctypes import byref, c_uint64
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
-from sageLLM.runtime.kernels.cpu.kv_rows import NativeRows, load_copy_rows
+from sageLLM.runtime.kernels.cpu.kv_rows import NativeRows, load_row_functions
+from sageLLM.runtime.transport.sockets import receive_into, send_parts
 
 DigestName = Literal["lanes", "crc32"]
 """The digest of the C++ kernel, and that of machines without a compiler; both ends of a copy must have the same."""
@@ -97,7 +100,7 @@ class Rows:
         base = self.cache.data_ptr() + self.heads.start * head_stride * size
         index = self.span.index
         place = self.span.block_size, self.span.first, index.data_ptr(), len(index)
-        return NativeRows(base, block_stride * size, row_stride * size, *place)
+        return NativeRows(base, block_stride * size, row_stride * size, self.row_bytes, *place)
 
     def slices(self) -> list[Tensor]:
         """The tokens of each run, [tokens, heads, width]."""
@@ -106,10 +109,16 @@ class Rows:
 
 
 class RowCopier(Protocol):
-    """Copies rows and computes their digests, which continue the digest of earlier rows."""
+    """Copies rows and computes their digests, which continue the digest of earlier rows.
+
+    `send` and `receive` pass the rows of caches with the same tokens through a socket. They raise OSError, also when
+    the other end has closed the connection.
+    """
 
     def copy(self, source: Rows, target: Rows, digest: int) -> int: ...
     def digest(self, rows: Rows, digest: int) -> int: ...
+    def send(self, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int: ...
+    def receive(self, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int: ...
 
 
 class NativeCopier:
@@ -117,14 +126,28 @@ class NativeCopier:
 
     def __init__(self) -> None:
         """Raises CompileError."""
-        self._copy = load_copy_rows(find_compiler())
+        self._functions = load_row_functions(find_compiler())
 
     def copy(self, source: Rows, target: Rows, digest: int) -> int:
-        size = source.span.num_tokens, source.row_bytes
-        return int(self._copy(byref(source.native()), byref(target.native()), *size, digest))
+        num_tokens = source.span.num_tokens
+        return int(self._functions.copy(byref(source.native()), byref(target.native()), num_tokens, digest))
 
     def digest(self, rows: Rows, digest: int) -> int:
-        return int(self._copy(byref(rows.native()), None, rows.span.num_tokens, rows.row_bytes, digest))
+        return int(self._functions.copy(byref(rows.native()), None, rows.span.num_tokens, digest))
+
+    def send(self, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int:
+        return self._pass(self._functions.send, stream, rows, digest)
+
+    def receive(self, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int:
+        return self._pass(self._functions.receive, stream, rows, digest)
+
+    @staticmethod
+    def _pass(function: Any, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int:
+        found, native = c_uint64(digest), [one.native() for one in rows]
+        array = (NativeRows * len(native))(*native)
+        if error := function(stream.fileno(), array, len(native), rows[0].span.num_tokens, byref(found)):
+            raise OSError(error, os.strerror(error))
+        return found.value
 
 
 class TorchCopier:
@@ -139,6 +162,20 @@ class TorchCopier:
 
     def digest(self, rows: Rows, digest: int) -> int:
         return _crc32(torch.cat(rows.slices()), digest)
+
+    def send(self, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int:
+        for one in rows:
+            packed = Rows.packed(one)
+            digest = self.copy(one, packed, digest)
+            send_parts(stream, packed.parts())
+        return digest
+
+    def receive(self, stream: socket.socket, rows: Sequence[Rows], digest: int) -> int:
+        for one in rows:
+            packed = Rows.packed(one)
+            receive_into(stream, *packed.parts())
+            digest = self.copy(packed, one, digest)
+        return digest
 
 
 def _crc32(rows: Tensor, digest: int) -> int:

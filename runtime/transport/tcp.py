@@ -10,23 +10,23 @@ import os
 import socket
 import struct
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import torch
 
-from sageLLM.runtime.transport.base import Place, QueuedTransport
+from sageLLM.runtime.transport.base import LayerGroups, Place, QueuedTransport
 from sageLLM.runtime.transport.channel import AuthenticationError, answer_challenge, challenge
 from sageLLM.runtime.transport.frames import (
     Begin,
     End,
     FrameError,
-    Layer,
+    Layers,
     Reply,
     receive_header,
-    receive_into,
-    send_frame,
+    send_header,
 )
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
 from sageLLM.runtime.transport.jobs import BACKGROUND, yield_to_others
@@ -36,16 +36,20 @@ from sageLLM.runtime.transport.shards import Route
 SECONDS = 60.0
 """A connection without progress for so long is closed."""
 LOOPBACK = "127.0.0.1"
+FRAME_BYTES = 2**21
+"""Layers that wait for no step share a frame of up to so many bytes. Between two frames a piece renews its lease."""
+MAX_DIGESTS = 4096
+"""Digests of pieces that wait for `check`; a piece is that old only if its check is lost."""
 
 
 class TcpTransport(QueuedTransport):
     """Sends pieces to the addresses "HOST:PORT" of the target's ranks, and receives those for this rank."""
 
-    def __init__(self, place: Place, host: str = LOOPBACK) -> None:
+    def __init__(self, place: Place, host: str = LOOPBACK, nice: int = BACKGROUND) -> None:
         self._streams: dict[str, socket.socket] = {}
         self._sending: tuple[PieceKey, socket.socket] | None = None
-        self._receiver = Receiver(self, place, host)
-        super().__init__(place)
+        self._receiver = Receiver(self, place, host, nice)
+        super().__init__(place, nice)
 
     @property
     def address(self) -> str:
@@ -60,19 +64,17 @@ class TcpTransport(QueuedTransport):
         for stream in self._streams.values():
             stream.close()
 
-    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: Iterator[int]) -> int:
+    def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
         stream = self._connect(address)
         self._sending = handle.key, stream
         digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
         try:
-            send_frame(stream, Begin(signed, self._place.rank))
-            for layer in layers:
-                payload: list[memoryview] = []
-                for rows in self.pool.rows(layer, span, route.heads):
-                    parts, digest = self._read(rows, digest)
-                    payload += parts
-                send_frame(stream, Layer(layer), payload)
-            send_frame(stream, End())
+            send_header(stream, Begin(signed, self._place.rank))
+            for some in layers:
+                rows = [one for layer in some for one in self.pool.rows(layer, span, route.heads)]
+                send_header(stream, Layers(some[0], len(some)), sum(one.num_bytes for one in rows))
+                digest = self.copier.send(stream, rows, digest)
+            send_header(stream, End())
             reply, _ = receive_header(stream)
         except BaseException:
             stream.close()  # the receiver must not take what follows for the rest of this piece
@@ -84,12 +86,13 @@ class TcpTransport(QueuedTransport):
             raise OSError(reply.reason if isinstance(reply, Reply) else "unexpected answer")
         return digest
 
-    def _read(self, rows: Rows, digest: int) -> tuple[list[memoryview], int]:
-        """The bytes of rows, a copy only of rows with gaps."""
-        if not rows.has_gaps:
-            return rows.parts(), self.copier.digest(rows, digest)
-        packed = Rows.packed(rows)
-        return packed.parts(), self.copier.copy(rows, packed, digest)
+    def _layers_at_once(self, handle: Handle, route: Route) -> int:
+        span = self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
+        layer_bytes = sum(rows.num_bytes for rows in self.pool.rows(route.layers[0], span, route.heads))
+        return max(1, FRAME_BYTES // max(1, layer_bytes))
+
+    def _digest_of(self, route: Route, handle: Handle) -> int | None:
+        return self._receiver.take_digest(handle.key, route.source)
 
     def _connect(self, address: str) -> socket.socket:
         if (stream := self._streams.get(address)) is not None:
@@ -120,14 +123,15 @@ class TcpTransport(QueuedTransport):
 class Receiver:
     """Accepts connections of other ranks, and writes what they send to the pool of this one.
 
-    What arrives goes to its blocks without another copy. These are reserved for the piece until it ends, and `check`
-    decides whether they are used.
+    What arrives goes to its blocks without another copy, and its digest is computed while it is in the caches. The
+    blocks are reserved for the piece until it ends, and `check` decides whether they are used.
     """
 
-    def __init__(self, transport: TcpTransport, place: Place, host: str) -> None:
-        self._transport, self._place = transport, place
+    def __init__(self, transport: TcpTransport, place: Place, host: str, nice: int) -> None:
+        self._transport, self._place, self._nice = transport, place, nice
         self._writers: list[tuple[PieceKey, socket.socket]] = []
         self._changed = threading.Condition()
+        self._digests: OrderedDict[tuple[PieceKey, int], int] = OrderedDict()
         self._listener = socket.create_server((host, 0))
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         self._open: set[socket.socket] = set()
@@ -150,6 +154,17 @@ class Receiver:
         """Waits until nothing writes an interrupted piece."""
         with self._changed:
             self._changed.wait_for(lambda: all(found != key for found, _ in self._writers))
+
+    def take_digest(self, key: PieceKey, source_rank: int) -> int | None:
+        """The digest of what a rank has sent of a piece, once; None if that is not complete."""
+        with self._changed:
+            return self._digests.pop((key, source_rank), None)
+
+    def _keep_digest(self, key: PieceKey, source_rank: int, digest: int) -> None:
+        with self._changed:
+            self._digests[key, source_rank] = digest
+            while len(self._digests) > MAX_DIGESTS:
+                self._digests.popitem(last=False)
 
     @contextmanager
     def _writing(self, key: PieceKey, stream: socket.socket) -> Iterator[None]:
@@ -175,7 +190,7 @@ class Receiver:
     @torch.inference_mode()
     def _serve(self, stream: socket.socket) -> None:
         self._open.add(stream)
-        yield_to_others(BACKGROUND)
+        yield_to_others(self._nice)
         try:
             _tune(stream)
             with Connection(os.dup(stream.fileno())) as connection:
@@ -195,13 +210,17 @@ class Receiver:
         handle = self._accepted(begin.handle)
         route = self._route(handle, begin.source_rank)
         span = self._transport.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
+        digest, left = 0, route.layers
         with self._writing(handle.key, stream):
-            for layer in route.layers:
-                self._receive_layer(stream, layer, span, route)
+            while left:
+                some, rows = self._next_layers(stream, left, span, route)
+                digest = self._transport.copier.receive(stream, rows, digest)
+                left = left[some:]
             end, _ = receive_header(stream)
             if not isinstance(end, End):
                 raise FrameError("expected the end of the piece")
-        send_frame(stream, Reply())
+            self._keep_digest(handle.key, begin.source_rank, digest)
+        send_header(stream, Reply())
 
     def _accepted(self, signed: SignedHandle) -> Handle:
         handle = open_handle(signed, self._place.key)
@@ -216,18 +235,16 @@ class Receiver:
                 return route
         raise FrameError(f"rank {source_rank} has nothing to send to this rank")
 
-    def _receive_layer(self, stream: socket.socket, layer: int, span: Span, route: Route) -> None:
+    def _next_layers(self, stream: socket.socket, left: range, span: Span, route: Route) -> tuple[int, list[Rows]]:
+        """How many of the layers that are left come now, and the rows to write them to."""
         header, num_bytes = receive_header(stream)
-        if not isinstance(header, Layer) or header.layer != layer:
-            raise FrameError(f"expected layer {layer}")
-        wanted = self._transport.pool.rows(layer, span, route.heads)
-        if num_bytes != sum(rows.num_bytes for rows in wanted):
-            raise FrameError(f"layer {layer} must have {sum(rows.num_bytes for rows in wanted)} bytes, got {num_bytes}")
-        received = [Rows.packed(rows) if rows.has_gaps else rows for rows in wanted]
-        receive_into(stream, *(part for rows in received for part in rows.parts()))
-        for rows, packed in zip(wanted, received, strict=True):
-            if packed is not rows:
-                self._transport.copier.copy(packed, rows, 0)
+        if not isinstance(header, Layers) or header.first != left.start or not 0 < header.count <= len(left):
+            raise FrameError(f"expected layers from {left.start} to {left.stop - 1}")
+        layers = left[: header.count]
+        rows = [one for layer in layers for one in self._transport.pool.rows(layer, span, route.heads)]
+        if num_bytes != (wanted := sum(one.num_bytes for one in rows)):
+            raise FrameError(f"{header.count} layers must have {wanted} bytes, got {num_bytes}")
+        return header.count, rows
 
 
 def _tune(stream: socket.socket) -> None:

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -78,14 +78,18 @@ class Group:
         for worker, pools in enumerate(self.pools):
             self.ends.append([])
             for rank, pool in enumerate(pools):
-                digest: DigestName = "crc32" if self.kind == "same process" else "lanes"
+                digest: DigestName = "crc32" if self.kind in ("same process", "tcp without a compiler") else "lanes"
                 place = Place(worker, rank, 5 + worker, parts, KEY, digest)
                 end = self._end(place, open_pool)
                 end.register(pool)
                 self.ends[-1].append(end)
 
+    @property
+    def is_tcp(self) -> bool:
+        return self.kind.startswith("tcp")
+
     def _end(self, place: Place, open_pool: Callable[[int, int], PoolShard]) -> KVTransport:
-        if self.kind == "tcp":
+        if self.is_tcp:
             return TcpTransport(place)
         if self.kind == "nixl":
             return NixlTransport(place, lambda worker, rank: without_memory(open_pool(worker, rank)))
@@ -104,9 +108,9 @@ class Group:
     def addresses(self) -> list[str]:
         return [end.address for end in self.ends[1] if not isinstance(end, MemoryTransport)]
 
-    def push(self, signed: SignedHandle) -> list[Report]:
+    def push(self, signed: SignedHandle, addresses: list[str] | None = None) -> list[Report]:
         for end in self.ends[0]:
-            end.push(signed, self.addresses())
+            end.push(signed, addresses or self.addresses())
         return [report for end in self.ends[0] for report in reports_of(end)]
 
     def check(self, handle: Handle, pushed: list[Report], flip: int = 0) -> list[Report]:
@@ -152,7 +156,13 @@ def without_memory(pool: PoolShard) -> PoolShard:
 
 
 MakeGroup = Callable[..., Group]
-KINDS = ["same process", "shared memory", "tcp", *(["nixl"] if has_nixl() else [])]  # `make nixl`
+KINDS = [
+    "same process",
+    "shared memory",
+    "tcp",
+    "tcp without a compiler",
+    *(["nixl"] if has_nixl() else []),
+]  # `make nixl`
 
 
 @pytest.fixture(params=KINDS)
@@ -222,10 +232,52 @@ def test_layers_are_routed_between_pipeline_stages() -> None:
 def test_corrupted_kv_is_not_received(make_group: MakeGroup) -> None:
     group = make_group()
     handle = group.handle(0, 8)
-    pushed = group.push(sign(handle, KEY))
-    group.pools[1][0].keys[1][handle.target.blocks[0], 0, 0, 0] += 1.0
+    with flipping_link(group.addresses()[0]) if group.is_tcp else nullcontext(None) as address:
+        pushed = group.push(sign(handle, KEY), None if address is None else [address])
+    if not group.is_tcp:
+        group.pools[1][0].keys[1][handle.target.blocks[0], 0, 0, 0] += 1.0
+    assert [report.kind for report in pushed] == ["pushed"]
     (report,) = group.check(handle, pushed)
     assert (report.kind, report.reason) == ("failed", "the digests of the KV differ")
+
+
+@contextmanager
+def flipping_link(address: str) -> Iterator[str]:
+    """The address of a proxy that flips a bit in the payload of what it passes on."""
+    host, _, port = address.rpartition(":")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            client, _ = listener.accept()
+            with client, socket.create_connection((host, int(port))) as server:
+                back = threading.Thread(target=pass_on, args=(server, client, False))
+                back.start()
+                pass_on(client, server, True)
+                back.join()
+
+        def pass_on(source: socket.socket, target: socket.socket, flips: bool) -> None:
+            while data := bytearray(source.recv(2**16)):
+                if flips and len(data) > 2048:  # longer than the other frames
+                    data[len(data) // 2] ^= 1
+                target.sendall(data)
+            with suppress(OSError):
+                target.shutdown(socket.SHUT_WR)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield "{}:{}".format(*listener.getsockname())
+
+
+def test_a_piece_that_has_not_arrived_whole_is_not_received() -> None:
+    group = Group("tcp")
+    try:
+        handle = group.handle(0, 8)
+        pushed = group.push(sign(handle, KEY))
+        later = group.handle(0, 8, attempt=1)
+        assert [report.kind for report in group.check(later, pushed)] == ["failed"]
+        assert [report.kind for report in group.check(handle, pushed)] == ["received"]
+        assert [report.kind for report in group.check(handle, pushed)] == ["failed"], "a digest counts once"
+    finally:
+        group.close()
 
 
 @pytest.mark.parametrize("end", ["source_epoch", "target_epoch"])
@@ -234,7 +286,7 @@ def test_a_handle_of_another_epoch_is_refused(make_group: MakeGroup, end: str) -
     before = [cache.clone() for cache in group.pools[1][0].keys]
     handle = group.handle(0, 8, **{end: 1})
     pushed = group.push(sign(handle, KEY))
-    if end == "target_epoch" and group.kind != "tcp":  # copies are one-sided, and the target refuses to check
+    if end == "target_epoch" and not group.is_tcp:  # copies are one-sided, and the target refuses to check
         pushed = group.check(handle, pushed)
     else:
         assert all(torch.equal(*pair) for pair in zip(before, group.pools[1][0].keys, strict=True))
