@@ -99,7 +99,7 @@ from .experts import (
     sum_experts,
     topk_router,
 )
-from .kv import KvLoad, KvMigrate, KvStore, kv_load, kv_migrate, kv_store
+from .kv import KvCopy, KvStore, kv_copy, kv_store
 from .linear import (
     HeadLinear,
     Linear,
@@ -222,8 +222,7 @@ __all__ = [
     "GeluTanhMul",
     "HeadLayerNorm",
     "HeadLinear",
-    "KvLoad",
-    "KvMigrate",
+    "KvCopy",
     "KvStore",
     "L2Norm",
     "LayerNorm",
@@ -320,8 +319,7 @@ __all__ = [
     "gelu_tanh_mul",
     "head_layer_norm",
     "head_linear",
-    "kv_load",
-    "kv_migrate",
+    "kv_copy",
     "kv_store",
     "l2_norm",
     "layer_norm",
@@ -438,8 +436,7 @@ OPS: dict[str, type[OpNode]] = {
     "scale_experts": ScaleExperts,
     "sum_experts": SumExperts,
     "kv_store": KvStore,
-    "kv_load": KvLoad,
-    "kv_migrate": KvMigrate,
+    "kv_copy": KvCopy,
     "linear": Linear,
     "lm_head": LmHead,
     "head_linear": HeadLinear,

@@ -11,15 +11,13 @@ from sageLLM.runtime.core.ir.writer import GraphWriter
 from .op_types import OpType
 
 __all__ = [
-    "KvLoad",
-    "KvMigrate",
+    "KvCopy",
     "KvStore",
-    "kv_load",
-    "kv_migrate",
+    "kv_copy",
     "kv_store",
 ]
 
-T, Nkv, D, Dv, PG, BS, TPG, M, SPG, E_size = dims("T Nkv D Dv PG BS TPG M SPG E_size")
+T, Nkv, D, Dv, PG, BS, SPG, M, E_size = dims("T Nkv D Dv PG BS SPG M E_size")
 
 
 # specs/ops/kv.yaml: kv_store
@@ -91,97 +89,15 @@ def kv_store(
     return k_out, v_out
 
 
-# specs/ops/kv.yaml: kv_load
-class KvLoad(OpNode):
-    """Copies blocks from a storage tier into the paged KV cache.
-
-    see kernels/reference: kv_copy
-    """
-
-    op = "kv_load"
-    spec = "specs/ops/kv.yaml: kv_load"
-    kind = OpType.KV_LOAD
-    tags = frozenset({"kv_io"})
-    input_types = {
-        "tier_k": E[TPG, BS, Nkv, D],
-        "tier_v": E[TPG, BS, Nkv, Dv],
-        "k_cache": E[PG, BS, Nkv, D],
-        "v_cache": E[PG, BS, Nkv, Dv],
-        "tier_blocks": i32[M],
-        "blocks": i32[M],
-    }
-    output_types = {"k_out": E[PG, BS, Nkv, D], "v_out": E[PG, BS, Nkv, Dv]}
-    inplace = {"k_out": "k_cache", "v_out": "v_cache"}
-    flop_formula = 0
-    byte_formula = 2 * M * (BS * D * E_size * Nkv + BS * Dv * E_size * Nkv + 4)
-
-    @property
-    def tier_k(self) -> TensorRef:
-        return self.input("tier_k")
-
-    @property
-    def tier_v(self) -> TensorRef:
-        return self.input("tier_v")
-
-    @property
-    def k_cache(self) -> TensorRef:
-        return self.input("k_cache")
-
-    @property
-    def v_cache(self) -> TensorRef:
-        return self.input("v_cache")
-
-    @property
-    def tier_blocks(self) -> TensorRef:
-        return self.input("tier_blocks")
-
-    @property
-    def blocks(self) -> TensorRef:
-        return self.input("blocks")
-
-    @property
-    def k_out(self) -> TensorRef:
-        return self.output("k_out")
-
-    @property
-    def v_out(self) -> TensorRef:
-        return self.output("v_out")
-
-
-def kv_load(
-    g: GraphWriter,
-    tier_k: TensorRef,
-    tier_v: TensorRef,
-    k_cache: TensorRef,
-    v_cache: TensorRef,
-    tier_blocks: TensorRef,
-    blocks: TensorRef,
-    *,
-    names: tuple[str, str] = ("k_out", "v_out"),
-) -> tuple[TensorRef, TensorRef]:
-    """Adds a kv_load node to the graph and returns its results."""
-    inputs: dict[str, TensorRef | None] = {
-        "tier_k": tier_k,
-        "tier_v": tier_v,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "tier_blocks": tier_blocks,
-        "blocks": blocks,
-    }
-    attrs: dict[str, AttrValue] = {}
-    k_out, v_out = g.emit(KvLoad, inputs, attrs, names)
-    return k_out, v_out
-
-
-# specs/ops/kv.yaml: kv_migrate
-class KvMigrate(OpNode):
+# specs/ops/kv.yaml: kv_copy
+class KvCopy(OpNode):
     """Copies blocks from one KV cache to another, between workers, tiers or devices.
 
     see kernels/reference: kv_copy
     """
 
-    op = "kv_migrate"
-    spec = "specs/ops/kv.yaml: kv_migrate"
+    op = "kv_copy"
+    spec = "specs/ops/kv.yaml: kv_copy"
     kind = OpType.KV_MIGRATE
     tags = frozenset({"kv_io"})
     input_types = {
@@ -230,7 +146,7 @@ class KvMigrate(OpNode):
         return self.output("dst_v_out")
 
 
-def kv_migrate(
+def kv_copy(
     g: GraphWriter,
     src_k: TensorRef,
     src_v: TensorRef,
@@ -241,7 +157,7 @@ def kv_migrate(
     *,
     names: tuple[str, str] = ("dst_k_out", "dst_v_out"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Adds a kv_migrate node to the graph and returns its results."""
+    """Adds a kv_copy node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "src_k": src_k,
         "src_v": src_v,
@@ -251,5 +167,5 @@ def kv_migrate(
         "dst_blocks": dst_blocks,
     }
     attrs: dict[str, AttrValue] = {}
-    dst_k_out, dst_v_out = g.emit(KvMigrate, inputs, attrs, names)
+    dst_k_out, dst_v_out = g.emit(KvCopy, inputs, attrs, names)
     return dst_k_out, dst_v_out

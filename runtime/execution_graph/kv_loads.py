@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sageLLM.generated.ops import KvLoad, KvMigrate
+from sageLLM.generated.ops import KvCopy, OpType
 from sageLLM.generated.passes.schedule import KvPrefetch
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
@@ -41,11 +41,11 @@ def load_kv(graph: ExecutionGraph, tier: str, budget_bytes: int) -> ExecutionGra
         caches = [result.inputs[f"layers.{layer}.{name}"] for name in ("k_cache", "v_cache")]
         lower = [_lower_input(result, ref) for ref in caches]
         loaded = _named(layer, "loaded", caches)
-        load = KvLoad(loaded[0].name, KvLoad.kind, [*lower, *caches, *blocks[:2]], loaded)
+        load = KvCopy(loaded[0].name, OpType.KV_LOAD, [*lower, *caches, *blocks[:2]], loaded)
         found = _redirect(order, {ref.name: new for ref, new in zip(caches, loaded, strict=True)})
         written = [_last_written(found, ref) for ref in loaded]
         stored = _named(layer, "stored", lower)
-        store = KvMigrate(stored[0].name, KvMigrate.kind, [*written, *lower, *blocks[2:]], stored)
+        store = KvCopy(stored[0].name, OpType.KV_MIGRATE, [*written, *lower, *blocks[2:]], stored)
         writers = [node for node in found if not {ref.name for ref in written}.isdisjoint(r.name for r in node.outputs)]
         store.dependencies = {load.node_id, *(node.node_id for node in writers)}
         load.dependencies = set(users.get(layer - NUM_BUFFERS, ()))

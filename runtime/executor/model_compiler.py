@@ -99,28 +99,21 @@ class ModelCompiler(ModelGraphs):
             return graph
 
     def migrate_graph(self) -> ExecutionGraph:
-        """A graph that copies KV blocks between two pools: a KV_MIGRATE node per layer.
+        """A graph that copies KV blocks between two pools or tiers: a `kv_copy` node per layer.
 
         Its inputs are the caches of both pools under the prefixes `source.` and `target.`, and the block numbers
         `src_blocks` and `dst_blocks`, i32[M] each.
         """
-        return self._copy_graph("migrate", ops.kv_migrate, "SPG")
-
-    def load_graph(self) -> ExecutionGraph:
-        """A graph that copies KV blocks from a storage tier: a KV_LOAD node per layer; inputs as in `migrate_graph`."""
-        return self._copy_graph("load", ops.kv_load, "TPG")
-
-    def _copy_graph(self, name: str, copy: Callable[..., Iterable[TensorRef]], source_pages: str) -> ExecutionGraph:
-        pages_from, pages_to, slots, moved = dims(f"{source_pages} PG BS M")
+        pages_from, pages_to, slots, moved = dims("SPG PG BS M")
         c, kept = self.config, self.layout.cache(self.config)
-        g = GraphWriter(name, level="kernel", stage=None, dtype=self.dtype)
+        g = GraphWriter("migrate", level="kernel", stage=None, dtype=self.dtype)
         blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
         outputs: list[TensorRef] = []
         for i in self.pipeline_stage.layers(c.L):
             with g.layer(i):
                 sources = _cache_inputs(g, "source", i, kept, pages_from, slots)
                 targets = _cache_inputs(g, "target", i, kept, pages_to, slots)
-                outputs += copy(g, *sources, *targets, *blocks)
+                outputs += ops.kv_copy(g, *sources, *targets, *blocks)
         return g.finish(outputs)
 
 

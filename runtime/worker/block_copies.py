@@ -1,6 +1,6 @@
 """Copies KV blocks: within a pool (forks), between the pools of two workers, and between a pool and its tiers.
 
-A copy is a graph of KV_MIGRATE nodes, or of KV_LOAD nodes from a tier, one per layer.
+A copy is a graph of `kv_copy` nodes, one per layer.
 """
 
 import tempfile
@@ -163,8 +163,7 @@ class TieredPool:
     def _migrator(self, source: Tier, target: Tier) -> PoolCopies:
         key = (source, target)
         if key not in self._migrators:
-            is_load = source != "device"
-            graph = self._compiler.load_graph() if is_load else self._compiler.migrate_graph()
+            graph = self._compiler.migrate_graph()
             self._migrators[key] = PoolCopies(self.pools[source], self.pools[target], graph, self._compiler.kernels)
         return self._migrators[key]
 

@@ -246,7 +246,7 @@ def test_kv_store_and_migrate() -> None:
     KERNELS["kv_store"](k, v, caches[0], caches[1], torch.tensor([5, 0, 15], dtype=torch.int32))
     assert torch.equal(caches[0][1, 1], k[0]) and torch.equal(caches[1][3, 3], v[2])
     blocks = torch.tensor([1, 3]), torch.tensor([2, 0])
-    out = KERNELS["kv_migrate"](*caches, *blocks)
+    out = KERNELS["kv_copy"](*caches, *blocks)
     assert out[0] is caches[2] and torch.equal(caches[2][2], caches[0][1]) and torch.equal(caches[3][0], caches[1][3])
 
 

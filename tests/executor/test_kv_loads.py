@@ -65,7 +65,8 @@ def test_loads_run_a_layer_ahead_and_wait_for_their_buffer(make_tiny: Any) -> No
     order = list(graph.nodes)
     for layer in range(graph.num_layers):
         load, store = graph.nodes[f"L{layer}.k_loaded"], graph.nodes[f"L{layer}.k_stored"]
-        assert {load.op, store.op} == {"kv_load", "kv_migrate"} and load.stream_id == store.stream_id == 1
+        assert (load.op_type.name, store.op_type.name) == ("KV_LOAD", "KV_MIGRATE")
+        assert load.op == store.op == "kv_copy" and load.stream_id == store.stream_id == 1
         own = [node for node in graph.nodes.values() if node.layer_id == layer - 1 and node.stream_id == 0]
         assert all(order.index(load.node_id) < order.index(node.node_id) for node in own)
         if layer >= 2:

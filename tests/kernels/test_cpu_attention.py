@@ -176,14 +176,13 @@ def test_storing_keys_and_values(dtype: torch.dtype) -> None:
         assert result is cache and torch.equal(cache, expected)
 
 
-@pytest.mark.parametrize("op", ["kv_load", "kv_migrate"])
-def test_copying_blocks(op: str) -> None:
+def test_copying_blocks() -> None:
     source = [torch.randn(6, 4, 2, width) for width in (10, 7)]
     caches = [torch.randn(5, 4, 2, width) for width in (10, 7)]
     mine, theirs = ([cache.clone() for cache in caches] for _ in range(2))
     blocks = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([5, 0, 2], [1, 4, 0])]
-    native(op)(*source, *mine, *blocks)
-    reference.KERNELS[op](*source, *theirs, *blocks)
+    native("kv_copy")(*source, *mine, *blocks)
+    reference.KERNELS["kv_copy"](*source, *theirs, *blocks)
     for cache, expected in zip(mine, theirs, strict=True):
         assert torch.equal(cache, expected)
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 
 from fake_engine import FakeEngine
 
@@ -27,6 +28,7 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfi
 from sageLLM.runtime.scheduler.transfer import TransferConfig
 
 MAX_STEPS = 4000
+SCHEDULES_PER_DAY = 1_000_000
 CALM_AFTER = 200  # step after which nothing fails any more, so that every schedule ends
 
 
@@ -463,7 +465,7 @@ def play_all(seeds: range) -> list[tuple[int, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, help="play this one and show its traceback")
-    parser.add_argument("--seeds", default="0:20000", help="play these, FROM:TO")
+    parser.add_argument("--seeds", help="play these, FROM:TO; by default a million, other ones every day")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     if args.seed is not None:
@@ -474,7 +476,15 @@ def main() -> int:
             return 1
         print(f"seed {args.seed}: no violation")
         return 0
-    return play_many(range(*map(int, args.seeds.split(":"))), args.jobs)
+    seeds = range(*map(int, args.seeds.split(":"))) if args.seeds else seeds_of_day()
+    print(f"seeds {seeds.start}:{seeds.stop}", flush=True)
+    return play_many(seeds, args.jobs)
+
+
+def seeds_of_day() -> range:
+    """Seeds of this day alone."""
+    first = date.today().toordinal() * SCHEDULES_PER_DAY
+    return range(first, first + SCHEDULES_PER_DAY)
 
 
 def play_many(seeds: range, jobs: int) -> int:

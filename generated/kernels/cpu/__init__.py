@@ -37,7 +37,7 @@ from ...ops.experts import (
     SumExperts,
     TopkRouter,
 )
-from ...ops.kv import KvLoad, KvMigrate, KvStore
+from ...ops.kv import KvCopy, KvStore
 from ...ops.linear import (
     HeadLinear,
     Linear,
@@ -140,8 +140,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "scale_experts": NativeKernel(ScaleExperts, "experts.cpp", ("T", "A", "H")),
         "sum_experts": NativeKernel(SumExperts, "experts.cpp", ("T", "A", "H")),
         "kv_store": NativeKernel(KvStore, "kv.cpp", ("T", "Nkv", "D", "Dv", "PG", "BS"), updates=True),
-        "kv_load": NativeKernel(KvLoad, "kv.cpp", ("TPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
-        "kv_migrate": NativeKernel(KvMigrate, "kv.cpp", ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
+        "kv_copy": NativeKernel(KvCopy, "kv.cpp", ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
         "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
         "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
         "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),

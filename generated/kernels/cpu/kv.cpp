@@ -48,63 +48,11 @@ SAGE_KERNEL(kv_store) {
     });
 }
 
-// specs/ops/kv.yaml: kv_load
-// Copies blocks from a storage tier into the paged KV cache.
-//
-//     see kernels/reference: kv_copy
-SAGE_KERNEL(kv_load) {
-    const int64_t BS = sizes[1];
-    const int64_t Nkv = sizes[2];
-    const int64_t D = sizes[3];
-    const int64_t Dv = sizes[4];
-    const int64_t M = sizes[6];
-    const E* tier_k = (const E*)tensors[0];
-    const int64_t tier_k_TPG = sizes[7];
-    const int64_t tier_k_BS = sizes[8];
-    const int64_t tier_k_Nkv = sizes[9];
-    const E* tier_v = (const E*)tensors[1];
-    const int64_t tier_v_TPG = sizes[10];
-    const int64_t tier_v_BS = sizes[11];
-    const int64_t tier_v_Nkv = sizes[12];
-    const int32_t* tier_blocks = (const int32_t*)tensors[4];
-    const int32_t* blocks = (const int32_t*)tensors[5];
-    E* k_out = (E*)tensors[6];
-    const int64_t k_out_PG = sizes[19];
-    const int64_t k_out_BS = sizes[20];
-    const int64_t k_out_Nkv = sizes[21];
-    E* v_out = (E*)tensors[7];
-    const int64_t v_out_PG = sizes[22];
-    const int64_t v_out_BS = sizes[23];
-    const int64_t v_out_Nkv = sizes[24];
-    const int64_t elements = BS * Nkv * (D + Dv);
-    parallel_for_rows(M, M * elements, [&](int64_t row) {
-        const int64_t from_block = tier_blocks[row], into_block = blocks[row];
-        if (tier_k_Nkv == D && tier_k_BS == Nkv * D && k_out_Nkv == D && k_out_BS == Nkv * D)
-            memcpy(k_out + into_block * k_out_PG, tier_k + from_block * tier_k_TPG, BS * tier_k_BS * sizeof(E));
-        else
-            for (int64_t offset = 0; offset < BS; ++offset)
-                for (int64_t head = 0; head < Nkv; ++head) {
-                    const E* from = tier_k + from_block * tier_k_TPG + offset * tier_k_BS + head * tier_k_Nkv;
-                    E* into = k_out + into_block * k_out_PG + offset * k_out_BS + head * k_out_Nkv;
-                    memcpy(into, from, D * sizeof(E));
-                }
-        if (tier_v_Nkv == Dv && tier_v_BS == Nkv * Dv && v_out_Nkv == Dv && v_out_BS == Nkv * Dv)
-            memcpy(v_out + into_block * v_out_PG, tier_v + from_block * tier_v_TPG, BS * tier_v_BS * sizeof(E));
-        else
-            for (int64_t offset = 0; offset < BS; ++offset)
-                for (int64_t head = 0; head < Nkv; ++head) {
-                    const E* from = tier_v + from_block * tier_v_TPG + offset * tier_v_BS + head * tier_v_Nkv;
-                    E* into = v_out + into_block * v_out_PG + offset * v_out_BS + head * v_out_Nkv;
-                    memcpy(into, from, Dv * sizeof(E));
-                }
-    });
-}
-
-// specs/ops/kv.yaml: kv_migrate
+// specs/ops/kv.yaml: kv_copy
 // Copies blocks from one KV cache to another, between workers, tiers or devices.
 //
 //     see kernels/reference: kv_copy
-SAGE_KERNEL(kv_migrate) {
+SAGE_KERNEL(kv_copy) {
     const int64_t BS = sizes[1];
     const int64_t Nkv = sizes[2];
     const int64_t D = sizes[3];

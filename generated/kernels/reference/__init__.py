@@ -39,7 +39,7 @@ from .experts import (
     sum_experts,
     topk_router,
 )
-from .kv import kv_load, kv_migrate, kv_store
+from .kv import kv_copy, kv_store
 from .linear import (
     head_linear,
     linear,
@@ -136,8 +136,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "scale_experts": scale_experts,
     "sum_experts": sum_experts,
     "kv_store": kv_store,
-    "kv_load": kv_load,
-    "kv_migrate": kv_migrate,
+    "kv_copy": kv_copy,
     "linear": linear,
     "lm_head": lm_head,
     "head_linear": head_linear,

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "kv_load",
-    "kv_migrate",
+    "kv_copy",
     "kv_store",
 ]
 
@@ -21,19 +20,8 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     return k_cache, v_cache
 
 
-# specs/ops/kv.yaml: kv_load
-def kv_load(
-    src_k: Tensor, src_v: Tensor, dst_k: Tensor, dst_v: Tensor, src_blocks: Tensor, dst_blocks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Copies the blocks src_blocks of the source caches to dst_blocks of the destination caches; returns the latter."""
-    source, target = src_blocks.to(src_k.device, torch.int64), dst_blocks.to(dst_k.device, torch.int64)
-    dst_k.index_copy_(0, target, src_k.index_select(0, source).to(dst_k.device))
-    dst_v.index_copy_(0, target, src_v.index_select(0, source).to(dst_v.device))
-    return dst_k, dst_v
-
-
-# specs/ops/kv.yaml: kv_migrate
-def kv_migrate(
+# specs/ops/kv.yaml: kv_copy
+def kv_copy(
     src_k: Tensor, src_v: Tensor, dst_k: Tensor, dst_v: Tensor, src_blocks: Tensor, dst_blocks: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Copies the blocks src_blocks of the source caches to dst_blocks of the destination caches; returns the latter."""
