@@ -11,6 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from sageLLM.runtime.core.cost import Hardware
+from sageLLM.runtime.engine.answer_rows import Progress
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.pd_timeline import Timeline
 from sageLLM.runtime.engine.pipeline import StepInFlight, StepPipeline
@@ -91,12 +92,14 @@ class RolePipeline(StepPipeline):
         """Whether the oldest step computes nothing."""
         return bool(self._in_flight) and self._in_flight[0].results is None
 
-    def finish_done(self) -> list[Answer]:
+    def finish_done(self) -> Progress:
         """Applies the steps that are complete."""
-        changed: list[Answer] = []
+        progress = Progress([], [])
         while self._in_flight and self._is_done(self._in_flight[0].results):
-            changed += self._finish_oldest()
-        return changed
+            changed, ended = self._finish_oldest()
+            progress.changed.extend(changed)
+            progress.ended.extend(ended)
+        return progress
 
     @staticmethod
     def _is_done(results: StepResults | None) -> bool:
@@ -148,12 +151,12 @@ class DisaggregatedPipeline:
         for pipeline in self._pipelines:
             pipeline.abort_request = scheduler.abort_request
 
-    def advance(self) -> list[Answer]:
+    def advance(self) -> Progress:
         """Applies what has ended; waits a little if nothing has. Returns the sequences that changed."""
         self.plan()
-        changed = self._finish()
-        if changed:
-            return changed
+        progress = self._finish()
+        if progress.changed:
+            return progress
         self._await_events(PAUSE_SECONDS if any(one.is_empty for one in self._pipelines) else WAIT_SECONDS)
         return self._finish()
 
@@ -203,15 +206,18 @@ class DisaggregatedPipeline:
         if self.timeline is not None:
             self.timeline.push(command, by_layer=order > 0)
 
-    def _finish(self) -> list[Answer]:
+    def _finish(self) -> Progress:
         changed: list[Answer] = []
+        ended: list[Answer] = []
         for number, pipeline in enumerate(self._pipelines):
             found = pipeline.finish_done()
-            if found:
+            if found.changed:
                 self._desk.renew(number)
-            changed += found
-        self._scheduler.ended(answer.request.request_id for answer in changed if answer.is_finished)
-        return changed + self._end_unservable()
+            changed += found.changed
+            ended += found.ended
+        self._scheduler.ended(answer.request.request_id for answer in ended)
+        unservable = self._end_unservable()
+        return Progress(changed + unservable, ended + unservable)
 
     def _end_unservable(self) -> list[Answer]:
         ended = []
@@ -219,6 +225,7 @@ class DisaggregatedPipeline:
             sequence = self._sequences.get(request.request_id)
             self._scheduler.abort_request(request.request_id)
             if sequence is not None and not sequence.is_finished:
+                self.forget(request.request_id)
                 sequence.end_early(reason)
                 ended.append(sequence)
         return ended

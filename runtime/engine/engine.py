@@ -7,6 +7,7 @@ prefill worker's pool to the decode worker's.
 import time
 from typing import Protocol
 
+from sageLLM.runtime.engine.answer_rows import Progress
 from sageLLM.runtime.engine.auto_mode import make_chooser
 from sageLLM.runtime.engine.kv_events import KVEventPublisher
 from sageLLM.runtime.engine.outputs import RequestOutput
@@ -44,7 +45,7 @@ class RequestScheduler(Protocol):
 class Steps(Protocol):
     """Steps of the workers, as the engine sees them."""
 
-    def advance(self) -> list[Sequence]: ...
+    def advance(self) -> Progress: ...
     def plan(self) -> StepResults | None: ...
     def settle(self) -> None: ...
     def forget(self, request_id: str) -> None: ...
@@ -269,11 +270,11 @@ class Engine:
         failure.__cause__ = error
         return failure
 
-    def _advance(self) -> list[Sequence]:
-        changed = self._pipeline.advance()
+    def _advance(self) -> Progress:
+        progress = self._pipeline.advance()
         self.num_steps += 1
         self._publish()
-        return changed
+        return progress
 
     def _publish(self) -> None:
         """Sends the changes of the prefix cache, if somebody has asked for them."""
@@ -285,19 +286,19 @@ class Engine:
 
         `only_finished` leaves out requests that continue, which saves building their outputs.
         """
-        changed = self._advance()
-        return self._collect([s for s in changed if s.is_finished] if only_finished else changed, only_finished)
+        progress = self._advance()
+        return self._collect(progress.ended if only_finished else progress.changed, only_finished)
 
     def step_answers(self) -> list[Sequence]:
         """Completes one step; returns the answers with new tokens or an end, without their text.
 
         The caller keeps count of the tokens that it has taken.
         """
-        changed = self._advance()
-        for group in {id(answer.group): answer.group for answer in changed}.values():
+        progress = self._advance()
+        for group in {id(answer.group): answer.group for answer in progress.ended}.values():
             if group.is_finished and group.request_id in self._groups:
                 self._remove(group)
-        return changed
+        return progress.changed
 
     def is_live(self, group_id: str) -> bool:
         """Whether a request has not ended."""

@@ -43,10 +43,10 @@ class RequestMetrics:
     finish_time: float | None = None
     num_generated_tokens: int = 0
 
-    def record_token(self, now: float) -> None:
+    def record_first_token(self, now: float) -> None:
+        """Of an answer; that of the first answer counts."""
         if self.first_token_time is None:
             self.first_token_time = now
-        self.num_generated_tokens += 1
 
     def record_finish(self, now: float) -> None:
         self.finish_time = now

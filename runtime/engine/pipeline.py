@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from sageLLM.runtime.engine.answer_rows import AnswerRows, Progress
 from sageLLM.runtime.engine.order_builder import OrderBuilder, OrderedStep
 from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.engine.sequences import Sequence as Answer
@@ -57,6 +58,7 @@ class StepPipeline:
         self._max_in_flight = num_stages + plans_ahead
         self._in_flight: deque[StepInFlight] = deque()
         self._losses: dict[str, tuple[int, int]] = {}
+        self._rows: AnswerRows | None = None
         self._has_lower_tier = scheduler.kv.decode.has_lower_tier
         self.abort_request: Callable[[str], bool] = scheduler.abort_request
         self._make_builders()
@@ -77,7 +79,7 @@ class StepPipeline:
         """Whether a step is in flight."""
         return bool(self._in_flight)
 
-    def advance(self) -> list[Answer]:
+    def advance(self) -> Progress:
         """Completes the oldest step, or a new one; returns the sequences that got a token or ended, in order.
 
         If the workers are lost, new ones are started, and all requests are replayed from their prompts and tokens.
@@ -98,6 +100,7 @@ class StepPipeline:
 
     def forget(self, request_id: str) -> None:
         """Lets the workers drop a sequence with their next order."""
+        self._rows = None
         self._decode_orders.forget(request_id)
         self._prefill_orders.forget(request_id)
 
@@ -147,21 +150,37 @@ class StepPipeline:
 
     # --- results ---
 
-    def _finish_oldest(self) -> list[Answer]:
+    def _finish_oldest(self) -> Progress:
         """Waits for the oldest step and applies it, or recovers if its workers are lost."""
         step = self._in_flight.popleft()
         try:
             results = [] if step.results is None else step.results.result()
         except WorkersLostError as error:
-            return self._recover(step, str(error))
+            ended = self._recover(step, str(error))
+            return Progress(ended, ended)
         return self._complete(step, results)
 
-    def _complete(self, step: StepInFlight, results: list[StepResult]) -> list[Answer]:
+    def _complete(self, step: StepInFlight, results: list[StepResult]) -> Progress:
         changed: list[Answer] = []
+        ended: list[Answer] = []
         for part, result in zip(step.parts if results else (), results, strict=True):
-            changed += self._apply(part, result)
-        changed += self._commit([s.request.request_id for s in changed if s.is_finished])
-        return changed
+            if self._append_all(part, result):
+                changed += part.sampled
+                continue
+            found = self._apply(part, result)
+            changed += found
+            ended += [sequence for sequence in found if sequence.is_finished]
+        full = self._commit([sequence.request.request_id for sequence in ended])
+        return Progress(changed + full, ended + full) if full else Progress(changed, ended)
+
+    def _append_all(self, part: OrderedStep, result: StepResult) -> bool:
+        """Appends the tokens of decodes of which none ends; False, and no change, if the step is not of this kind."""
+        if part.chunked or result.logprobs or result.not_finite or result.failures:
+            return False
+        rows = self._rows
+        if rows is None or rows.answers is not part.sampled:  # the order builder keeps the list of the same decodes
+            rows = self._rows = AnswerRows(part.sampled)
+        return rows.append(result.token_ids)
 
     def _apply(self, part: OrderedStep, result: StepResult) -> list[Answer]:
         """Appends the tokens of one worker's result; returns the sequences with a new token or an end."""
@@ -172,26 +191,29 @@ class StepPipeline:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None:
                 self._fail(sequence.group, reason, failed)
-        now = time.monotonic()
         changed = []
+        parents, logprobs, not_finite = part.parents, result.logprobs, result.not_finite
         for row, (sequence, token_id) in enumerate(zip(part.sampled, result.token_ids, strict=True)):
-            if sequence.is_finished:  # before this step, or by a failure in it
+            if sequence.text.finish_reason is not None:  # before this step, or by a failure in it
                 continue
-            if part.parents and row in part.parents and not self._is_fork(sequence, part.parents[row]):
+            if parents and row in parents and not self._is_fork(sequence, parents[row]):
                 # The parent was preempted in the meantime, and the scheduler prefills the fork as any other request.
                 self.forget(sequence.request.request_id)
                 continue
             changed.append(sequence)
-            if result.not_finite and row in result.not_finite:
+            if not_finite and row in not_finite:
                 sequence.end_early(NOT_FINITE)
                 continue
             try:
-                sequence.append(token_id, self._logprobs(sequence, result.logprobs.get(row)))
+                sequence.append(token_id, self._logprobs(sequence, logprobs.get(row)) if logprobs else None)
             except BaseException as error:
                 reraise_unless_attributable(error)
                 self._fail(sequence.group, reason_of(error), failed, error)
-                continue
-            sequence.group.metrics.record_token(now)
+        if part.chunked:  # the first token of an answer follows the last chunk of a prompt
+            now = time.monotonic()
+            for sequence in changed:
+                if sequence.request.output_token_ids:
+                    sequence.group.metrics.record_first_token(now)
         return list({id(sequence): sequence for sequence in (*changed, *failed)}.values()) if failed else changed
 
     def _is_fork(self, sequence: Answer, parent_id: str) -> bool:
@@ -212,6 +234,7 @@ class StepPipeline:
         if group.is_finished:
             return
         log_end(group.request_id, reason, error)
+        self._rows = None
         for sequence in group.sequences:
             self.abort_request(sequence.request.request_id)
             sequence.abort(reason)
@@ -248,6 +271,7 @@ class StepPipeline:
         """Commits the step; returns the sequences that the scheduler had to end because the KV pool is full."""
         ended = []
         for request_id in self._scheduler.update_after_step(finished_ids):
+            self._rows = None
             sequence = self._sequences[request_id]
             room = self._scheduler.limits.max_kv_tokens
             sequence.end_early(f"the KV cache of {room} tokens is full; raise num_kv_blocks")

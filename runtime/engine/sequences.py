@@ -92,8 +92,7 @@ class Sequence:
         self.abort(reason)
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
-        """Appends the step's new token; `is_finished` may be true afterwards."""
-        self.request.output_token_ids.append(token_id)
+        """Appends the step's new token to the request and the text; `is_finished` may be true afterwards."""
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self.text.append(token_id)
@@ -153,6 +152,7 @@ class RequestGroup:
             self.scored[position + 1] = scored.as_dict(row, num_top, partial(token_text, before=left))
 
     def output(self) -> RequestOutput:
+        self.metrics.num_generated_tokens = sum(len(one.request.output_token_ids) for one in self.sequences)
         scored = None
         if self.params.prompt_logprobs is not None:
             scored = (None, *(self.scored[position] for position in sorted(self.scored)))
@@ -191,9 +191,11 @@ def make_group(
         salt = f"{salt}\0{traits.cache_salt}"
     for index in range(params.n):
         scores_prompt = index == 0 and params.prompt_logprobs is not None
+        text = SequenceText(decoder, rules, params.skip_special_tokens, token_ids)
         request = Request(
             request_id=f"{group_id}/{index}",
             prompt_token_ids=token_ids,
+            output_token_ids=text.token_ids,  # one list, as a token is appended in each step
             max_new_tokens=rules.max_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -208,7 +210,6 @@ def make_group(
             deadline=None if traits.deadline is None else group.metrics.arrival_time + traits.deadline,
         )
         first = first or request
-        text = SequenceText(decoder, rules, params.skip_special_tokens, token_ids)
         banned = list(rules.banned_before_min_tokens)
         group.sequences.append(Sequence(index, group, request, seed, banned, eos_ids, text))
     return group

@@ -88,9 +88,12 @@ class SequenceText:
         self._detokenizer = (
             None if decoder is None else Detokenizer(decoder, skip_special_tokens, prompt_token_ids, kept_ids)
         )
-        # Tokens that are not decoded yet. Without stop strings no decision depends on the text, so decoding waits until
-        # the text is read, and `generate` decodes an answer in one call.
-        self._unread: list[int] = []
+        # Without stop strings no decision depends on the text, so decoding waits until the text is read, and `generate`
+        # decodes an answer in one call. Most tokens then only have to be kept, which runs for each answer of each step.
+        self._num_read = 0
+        self._drops_last = False
+        self.end_ids = rules.eos_ids | rules.stop_ids
+        self._num_kept_only = 0 if rules.stop_strings else rules.max_tokens - 1
         self._shown: list[str] = []
         self._num_taken = 0
         self._held = ""
@@ -108,21 +111,27 @@ class SequenceText:
         self._num_taken = len(self._shown)
         return delta
 
+    @property
+    def num_unchecked(self) -> int:
+        """The tokens that can be added to `token_ids` directly, as no rule applies to them if none is in `end_ids`."""
+        return 0 if self.finish_reason is not None else self._num_kept_only - len(self.token_ids)
+
     def append(self, token_id: int) -> FinishReason | None:
         """Appends the next token; returns the reason if it ends the sequence, else None."""
         if self.finish_reason is not None:
             raise AssertionError("SequenceText: a token was appended to a finished sequence")
-        self.token_ids.append(token_id)
-        rules = self.rules
-        ends = (token_id in rules.eos_ids or token_id in rules.stop_ids) and self._may_stop
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        if token_id not in self.end_ids and len(token_ids) <= self._num_kept_only:
+            return None
+        ends = self._may_stop and token_id in self.end_ids
         # The token that ends the answer is not part of its text, unless the rules keep it.
-        if not ends or rules.keeps_stop:
-            self._unread.append(token_id)
-            if rules.stop_strings:
-                self._read()
+        self._drops_last = ends and not self.rules.keeps_stop
+        if self.rules.stop_strings and not self._drops_last:
+            self._read()
         if self.finish_reason is None and ends:
-            self._finish("stop", None if token_id in rules.eos_ids else token_id)
-        if self.finish_reason is None and len(self.token_ids) >= rules.max_tokens:
+            self._finish("stop", None if token_id in self.rules.eos_ids else token_id)
+        if self.finish_reason is None and len(token_ids) >= self.rules.max_tokens:
             self._finish("length", None)
         return self.finish_reason
 
@@ -143,10 +152,16 @@ class SequenceText:
 
     def _read(self) -> None:
         """Decodes the tokens that are not text yet."""
-        if self._unread:
-            tokens, self._unread = self._unread, []
-            if self._detokenizer is not None:
-                self._grow(self._detokenizer.extend(tokens) if len(tokens) > 1 else self._detokenizer.append(tokens[0]))
+        tokens = self._take_unread()
+        if tokens and self._detokenizer is not None:
+            self._grow(self._detokenizer.extend(tokens) if len(tokens) > 1 else self._detokenizer.append(tokens[0]))
+
+    def _take_unread(self) -> list[int]:
+        """The tokens that are not text yet, which then count as read."""
+        end = len(self.token_ids) - self._drops_last
+        tokens = self.token_ids[self._num_read : end]
+        self._num_read = end
+        return tokens
 
     def _grow(self, new: str) -> None:
         """Shows the final part of the held and the new text, and ends the sequence at a stop string in it."""
@@ -169,7 +184,7 @@ class SequenceText:
 
         In that case `_grow` has ended it, with the stop string as the reason.
         """
-        tokens, self._unread = self._unread, []
+        tokens = self._take_unread()
         self._grow("" if self._detokenizer is None else self._detokenizer.flush(tokens))
         if self.finish_reason is None:
             self._show(self._held)

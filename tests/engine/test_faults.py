@@ -29,6 +29,8 @@ BAD = 1
 """The index of the request that fails."""
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+# With a stop string the text of each answer is read in every step.
+STOPPABLE = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, stop=["never"])
 
 
 class Panic(BaseException):
@@ -123,7 +125,7 @@ def test_the_text_of_one_request_fails(error: BaseException, llm: LLM, monkeypat
             raise error
         append(self, token_id, logprobs)
 
-    output = run_with_fault(llm, lambda: monkeypatch.setattr(Sequence, "append", fail_on_bad))
+    output = run_with_fault(llm, lambda: monkeypatch.setattr(Sequence, "append", fail_on_bad), STOPPABLE)
     assert output.outputs[0].stop_reason == f"the request failed: {type(error).__name__}: bad piece"
     monkeypatch.undo()
 
@@ -180,7 +182,7 @@ def test_a_fault_ends_all_answers_of_the_request(llm: LLM, monkeypatch: pytest.M
         if is_bad(self.request) and self.index == 1 and len(self.request.output_token_ids) == 2:
             raise ValueError("bad")
 
-    params = SamplingParams(n=3, max_tokens=6, temperature=1.0, seed=1, ignore_eos=True)
+    params = SamplingParams(n=3, max_tokens=6, temperature=1.0, seed=1, ignore_eos=True, stop=["never"])
     output = run_with_fault(llm, lambda: monkeypatch.setattr(Sequence, "append", fail_on_bad), params)
     assert {answer.stop_reason for answer in output.outputs} == {"the request failed: ValueError: bad"}
     monkeypatch.undo()
