@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
     async def main() -> int:
         client, dialects = EngineClient(make_channel), load_dialects(engine.plugins or [])
         service = Service(settings, client, engine.generation_config, dialects)
-        return await run_server(service, sock, lambda ready, url: report(service, ready, url))
+        return await run_server(service, sock, lambda ready, url: on_ready(service, ready, url))
 
     try:
         sock = bind(settings)
@@ -87,6 +88,13 @@ def is_other_node(engine: EngineOptions) -> bool:
     num_ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
     node = choose_node(engine.nnodes, engine.node_rank, engine.master_addr, engine.master_port, num_ranks)
     return node is not None and node.node_rank > 0
+
+
+def on_ready(service: Service, ready: Ready, url: str) -> None:
+    # A collection of all objects takes tens of milliseconds, in which no request is answered; modules stay anyway.
+    gc.collect()
+    gc.freeze()
+    report(service, ready, url)
 
 
 def report(service: Service, ready: Ready, url: str) -> None:

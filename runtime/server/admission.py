@@ -42,15 +42,18 @@ class Admission:
         """A place in the queue, before anything is read. Raises ApiError 429 if there is none, 503 while draining."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", reason="draining")
-        if (error := self.why_full()) is not None:
-            raise error
+        if self.is_full:
+            raise self.refusal_of_full()
         self.num_requests += 1
         return Ticket(1)
 
-    def why_full(self) -> ApiError | None:
-        """The refusal of one more request, or None if there is a place."""
-        if self.num_requests < self.max_requests:
-            return None
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place for one more request."""
+        return self.num_requests >= self.max_requests
+
+    def refusal_of_full(self) -> ApiError:
+        """The refusal of one more request."""
         return self._refusal("requests", f"{self.num_requests} requests are queued, of at most {self.max_requests}")
 
     def claim(self, ticket: Ticket, num_requests: int, num_tokens: int) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Collection
 
 from sageLLM.runtime.server.errors import ApiError, encode_response
 from sageLLM.runtime.server.exchange import Scope, error_kind, header_of
 from sageLLM.runtime.server.service import Service
+from sageLLM.runtime.server.whole_request import read_whole
 
 ACCESS = logging.getLogger("sagellm.access")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 QUIET = ("/livez", "/readyz", "/health", "/ping", "/metrics")
 """Paths of probes; their successful requests are logged at level DEBUG."""
+ID_PLACE = "(request id)"
+MAX_CACHED = 64
+"""Encoded refusals; they differ in the numbers that they name."""
 PROTECTED = ("/v1/", "/v2/", "/inference/")
 
 
@@ -28,23 +32,44 @@ class Gate:
         self._service, self.settings = service, service.settings
         self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.api_key]
         self._queued_paths = frozenset(queued_paths)
+        self._first_lines = {f"POST {path} HTTP/1.1".encode(): path for path in queued_paths}
+        self._refusals: dict[tuple[int, int, str | None], tuple[bytes, bytes]] = {}
+
+    def refuse_unread(self, data: bytes, client: object) -> bytes | None:
+        """The response to data from an idle connection, if it is one whole request and the queue is full."""
+        if not self._service.admission.is_full or (request := read_whole(data, self._first_lines)) is None:
+            return None
+        return self.refuse_early({"method": "POST", "path": request.path, "headers": request.headers, "client": client})
 
     def refuse_early(self, scope: Scope) -> bytes | None:
         """The response to a request that finds the queue full, before it costs a task, a route or its body."""
         if scope["path"] not in self._queued_paths or scope["method"] != "POST":
             return None
-        if self._service.why_not_ready() or (error := self._service.admission.why_full()) is None:
+        if not self._service.admission.is_full or self._service.why_not_ready():
             return None
         start = time.monotonic()
         if self.why_refused(scope) is not None:
             return None
         request_id = request_id_of(scope)
-        if self.settings.enable_request_id_headers:
-            error.headers["X-Request-Id"] = request_id
-        self._service.metrics.count_refusal(error.reason or "")
-        response = encode_response(error, error_kind(scope))
-        self.record(scope, scope["path"], request_id, error.status, time.monotonic() - start)
+        before, after = self._full_response(error_kind(scope))
+        response = before + request_id.encode() + after if self.settings.enable_request_id_headers else before
+        self._service.metrics.count_refusal("requests")
+        self.record(scope, scope["path"], request_id, 429, time.monotonic() - start)
         return response
+
+    def _full_response(self, kind: str | None) -> tuple[bytes, bytes]:
+        """The response of a full queue before and after the request's id."""
+        admission = self._service.admission
+        key = admission.num_requests, admission.retry_after, kind
+        if key not in self._refusals:
+            error = admission.refusal_of_full()
+            if self.settings.enable_request_id_headers:
+                error.headers["X-Request-Id"] = ID_PLACE
+            before, _, after = encode_response(error, kind).partition(ID_PLACE.encode())
+            if len(self._refusals) == MAX_CACHED:
+                self._refusals.clear()
+            self._refusals[key] = before, after
+        return self._refusals[key]
 
     def why_refused(self, scope: Scope) -> ApiError | None:
         """The error of a request that no route may see."""
@@ -91,9 +116,10 @@ class Gate:
 
 
 METHODS = ("GET", "POST", "OPTIONS", "HEAD")
+DRAW = random.Random()  # seeded by the system; ids have to be unique, not secret
 
 
 def request_id_of(scope: Scope) -> str:
     """The client's id of a request, or a new one."""
     given = header_of(scope, b"x-request-id")
-    return given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given and REQUEST_ID.fullmatch(given) else f"{DRAW.getrandbits(128):032x}"

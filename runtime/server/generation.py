@@ -240,8 +240,9 @@ class Generation:
 
     def _measure(self, answer: Answer, num_tokens: int, now: float) -> None:
         if num_tokens:
-            gap = (now - answer.last_time) / num_tokens if answer.num_tokens else None
-            self._metrics.tokens.count(num_tokens, gap)
+            if answer.num_tokens:
+                self._metrics.inter_token_latency.observe((now - answer.last_time) / num_tokens)
+            self._metrics.generation_tokens.inc(num_tokens)
             answer.num_tokens += num_tokens
             answer.last_time = now
 

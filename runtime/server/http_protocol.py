@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -28,8 +30,22 @@ def write_chunk(cycle: RequestResponseCycle, data: bytes) -> bool:
         return False
     if not cycle.chunked_encoding or not data:  # an empty chunk would end the response
         return False
-    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    send_now(cycle.transport, b"%x\r\n%b\r\n" % (len(data), data))
     return True
+
+
+def send_now(transport: asyncio.Transport, data: bytes) -> None:
+    """Writes to the socket at once. uvloop's `write` waits until all data of this turn of the loop is read and handled.
+
+    What the socket does not take goes through the transport, and so does everything behind data in its buffer.
+    """
+    num_sent = 0
+    sock = transport.get_extra_info("socket")
+    if sock is not None and not transport.get_write_buffer_size():
+        with suppress(OSError):  # a full buffer, or an error that the transport finds too
+            num_sent = os.write(sock.fileno(), data)
+    if num_sent < len(data):
+        transport.write(data[num_sent:])
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -52,6 +68,11 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_idle and (response := self._gate.refuse_unread(data, self.client)) is not None:
+            self._stop_deadline()
+            send_now(self.transport, response)
+            self.on_response_complete()
+            return
         self._num_collected += len(data)
         super().data_received(data)
         if self.transport.is_closing():
@@ -60,6 +81,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(self._gate.too_long())
         elif self._is_in_head and self._num_collected and self._deadline is None:
             self._start_deadline()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the next byte begins a request, and no response is due."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        return is_answered and self._is_in_head and not self._num_collected and not self.transport.is_closing()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg))
@@ -94,7 +121,7 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.scope["state"]["write_chunk"] = partial(write_chunk, cycle)
             super()._start_asgi_task(cycle, app)
             return
-        self.transport.write(response)
+        send_now(self.transport, response)
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()

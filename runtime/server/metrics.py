@@ -11,7 +11,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from sageLLM.runtime.server.messages import Load, Ready
-from sageLLM.runtime.server.token_meter import TokenMeter
+from sageLLM.runtime.server.plain_metrics import Count, Distribution, PlainCounter, PlainHistogram
 
 REASONS = ("stop", "length", "abort", "error", "repetition")
 REFUSALS = ("requests", "tokens", "draining", "not_ready", "auth", "body")
@@ -101,8 +101,8 @@ class Metrics:
         self.queued_tokens = self._gauge("num_tokens_queued", "Prompt tokens of these requests.")
 
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with a first token.")
-        self.tokens = TokenMeter(f"{namespace}:", self._values, ITL)
-        self.registry.register(self.tokens)
+        tokens_by = PlainCounter(f"{namespace}:generation_tokens", "Generated tokens.", [*self._values], self.registry)
+        self.generation_tokens = tokens_by.labels(self._values)
         self.preemptions = self._counter("num_preemptions", "Requests that lost their KV.")
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
@@ -124,10 +124,14 @@ class Metrics:
             asleep.labels(**self._values, sleep_state=state).set(state == "awake")
         success = self._counter("request_success", "Answers that have ended, by reason.", "finished_reason")
         self._ends = {reason: success.labels(**self._values, finished_reason=reason) for reason in REASONS}
-        refused = self._counter("admission_rejections", "Refused requests, by reason.", "reason")
-        self._refusals = {reason: refused.labels(**self._values, reason=reason) for reason in REFUSALS}
+        labels, name = [*self._values, "reason"], f"{namespace}:admission_rejections"
+        refused = PlainCounter(name, "Refused requests, by reason.", labels, self.registry)
+        self._refusals = {reason: refused.labels(self._values | {"reason": reason}) for reason in REFUSALS}
 
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Time to the first token.", TTFT)
+        gaps = f"{namespace}:inter_token_latency_seconds"
+        gaps_by = PlainHistogram(gaps, "Time between tokens.", [*self._values], self.registry, ITL)
+        self.inter_token_latency = gaps_by.labels(self._values)
         self.time_per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, per answer.", ITL
         )
@@ -155,13 +159,16 @@ class Metrics:
         self._workers = self._gauge("pd_worker_requests", workers, "worker", "role", "state", "epoch")
 
         # The name and the labels are those of prometheus-fastapi-instrumentator, which vLLM's boards read.
-        self.http_requests = Counter(
-            "http_requests", "HTTP responses.", ["handler", "method", "status"], registry=self.registry
+        names = ["handler", "method", "status"]
+        self.http_requests = PlainCounter("http_requests", "HTTP responses.", names, self.registry)
+        self.http_seconds = PlainHistogram(
+            "http_request_duration_seconds",
+            "Time of HTTP requests.",
+            names[:2],
+            self.registry,
+            Histogram.DEFAULT_BUCKETS[:-1],
         )
-        self.http_seconds = Histogram(
-            "http_request_duration_seconds", "Time of HTTP requests.", ["handler", "method"], registry=self.registry
-        )
-        self._http: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._http: dict[tuple[str, str, int], tuple[Count, Distribution]] = {}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -249,8 +256,8 @@ class Metrics:
     def count_http(self, handler: str, method: str, status: int, seconds: float) -> None:
         key = handler, method, status // 100
         if key not in self._http:
-            counter = self.http_requests.labels(handler, method, f"{status // 100}xx")
-            self._http[key] = counter, self.http_seconds.labels(handler, method)
+            labels = {"handler": handler, "method": method, "status": f"{status // 100}xx"}
+            self._http[key] = self.http_requests.labels(labels), self.http_seconds.labels(labels)
         counter, histogram = self._http[key]
         counter.inc()
         histogram.observe(seconds)
