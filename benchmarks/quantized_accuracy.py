@@ -7,6 +7,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.runtime.loader.quantize import Scheme, quantize_checkpoint
@@ -18,9 +19,9 @@ NUM_TOKENS = 256
 SCORES = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
 
 
-def scores(model: Path) -> tuple[float, list[int]]:
+def scores(model: Path, **options: Any) -> tuple[float, list[int]]:
     """The perplexity of the texts, and the most probable token at each position."""
-    llm = LLM(model)
+    llm = LLM(model, **options)
     assert llm.tokenizer is not None
     paths = [path for pattern in TEXTS for path in sorted(ROOT.glob(pattern))]
     prompts = [llm.tokenizer.encode(path.read_text(encoding="utf-8"))[:NUM_TOKENS] for path in paths]

@@ -17,7 +17,7 @@ _NOUNS = {"ops": "op", "passes": "pass"}
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 VALUES = frozenset(
     {"cast", "device", "dims", "dist", "math", "process_group", "row_tile", "split_tile", "tl", "torch", "triton"}
-    | {"wide"}
+    | {"kv_rows", "kv_values", "kv_width", "wide"}
 )
 """Functions and modules that generated functions use, which no value of an op may hide."""
 FUNCTIONS = (
@@ -71,11 +71,12 @@ CLASSES = frozenset(
 """Classes that generated modules import, and constants that are words of Python."""
 DIMS = CLASSES | frozenset(
     {"BUFSIZ", "EOF", "INFINITY", "MAXFLOAT", "NAN", "NULL", "SNAN"}  # macros of C headers
-    | {"AttentionCall", "AttentionHooks", "Block", "CandidateFilters", "ContiguousKeys", "Floats", "GemmArgs"}
+    | {"AttentionCall", "AttentionHooks", "Block", "Cache", "CandidateFilters", "ContiguousKeys", "Floats", "GemmArgs"}
     | {
         "GemmParts",
         "Ints",
         "KeyRange",
+        "KvRow",
         "MICROKERNEL",
         "Microkernel",
         "PANEL",

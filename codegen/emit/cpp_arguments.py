@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sageLLM.codegen.emit.cpp_text import CPP_TYPES, cpp_name, size_text
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.kernel.names import OwnNames, stride_name
+from sageLLM.codegen.kernel.scatter import is_cache
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 
 _ATTR_TYPES = {"f32": "float", "i32": "int64_t", "bool": "bool", "str": "int64_t"}
@@ -47,6 +48,8 @@ def presence_name(attr: Attr, own: OwnNames) -> str:
 
 WEIGHT = "Weight"
 """The element type of packed weights: that of the file, or a form of codes (`runtime/kernels/cpu/coded.h`)."""
+CACHE = "Cache"
+"""The element type of KV caches: that of the file, or a form of codes (`runtime/kernels/cpu/kv_forms.h`)."""
 
 
 def declarations(
@@ -58,7 +61,8 @@ def declarations(
     next_size = len(sizes)
     outputs = {o.name for o in op.outputs}
     for position, operand in enumerate((*op.inputs, *op.outputs)):
-        type_ = WEIGHT if operand.name in packed else CPP_TYPES.get(operand.type.element, operand.type.element)
+        element = CPP_TYPES.get(operand.type.element, operand.type.element)
+        type_ = WEIGHT if operand.name in packed else CACHE if is_cache(operand) else element
         pointer = f"{type_}*" if operand.name in outputs else f"const {type_}*"
         if _mentions(body, cpp_name(operand.name)):
             lines.append(f"{pointer} {cpp_name(operand.name)} = ({pointer})tensors[{position}];")

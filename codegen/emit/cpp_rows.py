@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sageLLM.codegen.contents import class_name
-from sageLLM.codegen.emit.cpp_arguments import declarations, presence_name, stride_names
+from sageLLM.codegen.emit.cpp_arguments import CACHE, declarations, presence_name, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
 from sageLLM.codegen.emit.cpu_gemm import (
     GemmText,
@@ -24,6 +24,7 @@ from sageLLM.codegen.kernel.names import own_names, selection_names
 from sageLLM.codegen.kernel.prologue import Prologue, within_row
 from sageLLM.codegen.kernel.reduced import ReducedRows
 from sageLLM.codegen.kernel.rows import (
+    Affine,
     Fold,
     Index,
     InSweep,
@@ -38,6 +39,7 @@ from sageLLM.codegen.kernel.rows import (
     Store,
     Sweep,
 )
+from sageLLM.codegen.kernel.scatter import is_cache
 from sageLLM.codegen.model.op import OpDef
 
 _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min", "cumsum": "CumSum", "cumprod": "CumProd",
@@ -47,6 +49,10 @@ _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
           "amin": ("broadcast(INFINITY)", "{0} = minimum({0}, {1})")}  # fmt: skip
 _INTEGER_FOLDS = {"sum": ("{1}(0)", "{0} = add({0}, {1})"), "amax": ("{1}(INT{0}_MIN)", "{0} = maximum({0}, {1})"),
                   "amin": ("{1}(INT{0}_MAX)", "{0} = minimum({0}, {1})")}  # fmt: skip
+
+
+MAX_CACHE_ROWS = 2
+"""The rows of caches that a kernel may write at the same time: the slots of `KV_ROWS` in `scratch.h`."""
 
 
 class CppKernel:
@@ -60,6 +66,8 @@ class CppKernel:
         self.optional = {o.name: cpp_name(o.name) for o in op.inputs if o.optional}
         self.optional |= {attr.name: presence_name(attr, self.own) for attr in op.attrs if attr.optional}
         self.names = {o.name: self.own(f"{o.name}_value") for o in op.outputs}
+        self.caches = {o.name: o for o in op.outputs if is_cache(o)}
+        self.num_operands = len(self.operands)
 
     def lines(self) -> tuple[str, ...]:
         body = [line for nest in self.program.nests for line in self._nest(nest)]
@@ -119,7 +127,7 @@ class CppKernel:
         return CppText(self.operands, self.optional, self.names, loop, found, selections=self.selections)
 
     def _nest(self, nest: Nest) -> list[str]:
-        inside = [line for step in nest.steps for line in self._step(step)]
+        inside = [line for step in nest.steps for line in self._step_with_cache_rows(step)]
         if not nest.rows:
             return ["{", *indented(inside), "}"]
         swept = dict.fromkeys(sweep.loop.extent for sweep in nest.sweeps)
@@ -129,6 +137,23 @@ class CppKernel:
         positions = [f"const int64_t {', '.join(_positions(nest.rows, name))};"] if len(rows) > 1 else []
         start = f"parallel_for_rows({size_text(volume(rows))}, {elements}, [&](int64_t {name}) {{"
         return [start, *indented([*positions, *inside]), "});"]
+
+    def _step_with_cache_rows(self, step: Step) -> list[str]:
+        """The step, and before it the rows of the caches that it is the first one to store to."""
+        lines = []
+        stores = [one for one in (step.steps if isinstance(step, Sweep) else ()) if isinstance(one, Store)]
+        for location in (one.location for one in stores):
+            row = self.own(f"{location.operand}_row")
+            if location.operand in self.caches and f"{row}.at" not in self.operands:
+                cache, number = self.caches[location.operand], len(self.operands) - self.num_operands
+                assert number < MAX_CACHE_ROWS, f"{self.op.name} must store to at most {MAX_CACHE_ROWS} caches"
+                at, _ = self._text().address(replace(location, index=(*location.index[:-1], Affine(Size.of(0)))))
+                width = size_text(cache.type.dims[-1])
+                lines.append(f"const KvRow<{cache.type.element}, {CACHE}> {row}({at}, {width}, {number});")
+                self.operands[f"{row}.at"] = []
+        for name in self.caches:
+            step = within_row(step, name, f"{self.own(f'{name}_row')}.at")
+        return [*lines, *self._step(step)]
 
     def _step(self, step: Step) -> list[str]:
         writer = self._text()

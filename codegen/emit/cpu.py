@@ -22,7 +22,7 @@ from sageLLM.codegen.kernel.names import own_names
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
 from sageLLM.codegen.kernel.reduced import reduced_rows_of
 from sageLLM.codegen.kernel.rows import RowProgram
-from sageLLM.codegen.kernel.scatter import is_scattered
+from sageLLM.codegen.kernel.scatter import cache_names, is_scattered
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import OpDef, Reference
 from sageLLM.codegen.model.specs import Specs
@@ -57,6 +57,7 @@ class CpuKernel:
         """`NativeKernel(RmsNorm, "norm.cpp", ("R", "H"))`, as in the table."""
         arguments = [self.op.class_name, lit(f"{self.op.stem}.cpp"), lit(self.sizes)]
         arguments += ["updates=True"] if self.updates else []
+        arguments += [f"caches={lit(caches)}"] if (caches := cache_names(self.op)) else []
         arguments += [f"packed={lit(dict(self.packed))}"] if self.packed else []
         arguments += [f"unpacks={lit(self.unpacks.table)}"] if self.unpacks else []
         if self.parts is not None:
@@ -181,6 +182,7 @@ def _source(
         headers=_headers_of(kernels),
         hardware=hardware if any(kernel.packed for kernel in kernels) else None,
         is_packed=any(kernel.packed or kernel.unpacks for kernel in kernels),
+        has_caches=any(cache_names(kernel.op) for kernel in kernels),
     )
     rows = tuple(kernel.row for kernel in kernels)
     return Output(f"{FOLDER}/{stem}.cpp", text, refs(rows), rows)

@@ -50,7 +50,7 @@ def emit_reference(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> li
 def emit_reference_support(specs: Specs, renderer: Renderer) -> list[Output]:
     """`kernels/__init__.py`, and the helpers that references import, which an overlay uses from the package."""
     about = header("specs/ops", "rms_norm") + '"""The kernels of the ops, by target."""\n'
-    names = () if specs.is_overlay else ("precision", "process_groups")
+    names = () if specs.is_overlay else ("kv_forms", "precision", "process_groups")
     texts = {name: header("specs/ops", name) + renderer.render(f"reference_{name}.py.jinja") for name in names}
     helpers = [Output(f"{FOLDER}/{name}.py", text) for name, text in texts.items()]
     return [Output("kernels/__init__.py", about), *helpers]

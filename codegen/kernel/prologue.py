@@ -110,14 +110,14 @@ def _loop(before: OpDef, x: Operand, programs: Programs) -> Nest:
     return nests[0]
 
 
-def within_row(value: T, operand: str) -> T:
-    """The steps with all locations of the operand relative to its row."""
+def within_row(value: T, operand: str, row: str = "") -> T:
+    """The steps with all locations of the operand relative to its row, which has the name `row`, if given."""
     changed: Any = value
     if isinstance(value, Location):
-        changed = Location(operand, value.index[-1:]) if value.operand == operand else value
+        changed = Location(row or operand, value.index[-1:]) if value.operand == operand else value
     elif isinstance(value, tuple):
-        changed = tuple(within_row(one, operand) for one in value)
+        changed = tuple(within_row(one, operand, row) for one in value)
     elif is_dataclass(value) and not isinstance(value, type):
         inside = {f.name: getattr(value, f.name) for f in fields(value)}
-        changed = replace(value, **{name: within_row(one, operand) for name, one in inside.items()})
+        changed = replace(value, **{name: within_row(one, operand, row) for name, one in inside.items()})
     return changed  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Stores at positions from data, which the compute language cannot express: the paged KV store."""
+"""The paged KV cache: its operands, and stores at positions from data, which the compute language cannot express."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +6,22 @@ from dataclasses import dataclass
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, Ref, Statement
 from sageLLM.codegen.expr.types import ValueType
-from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.model.op import OpDef, Operand
 
 KV_STORE = "reference/kv_store.py.jinja"
+BLOCK_SLOTS = "BS"
+"""The dim of the slots of a block, the second one of every cache."""
+
+
+def is_cache(operand: Operand) -> bool:
+    """Whether the operand is a paged cache: [pages, BS, heads, width]."""
+    dims = operand.type.dims
+    return len(dims) == 4 and dims[1].name == BLOCK_SLOTS
+
+
+def cache_names(op: OpDef) -> tuple[str, ...]:
+    """The inputs of the op that are paged caches."""
+    return tuple(operand.name for operand in op.inputs if is_cache(operand))
 
 
 @dataclass(frozen=True, slots=True)

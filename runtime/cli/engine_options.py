@@ -59,6 +59,9 @@ class EngineOptions:
     num_kv_blocks: Annotated[
         int | None, Option("KV blocks of each pool (default: 1 GiB, or the longest sequence).", parser=parse_count)
     ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"], Option("The KV cache in 8 bits per element, or (auto) in the element type.")
+    ] = "auto"
     gpu_memory_utilization: Annotated[
         float, Option("Fraction of a GPU's memory for weights, steps and KV, without --num-kv-blocks.")
     ] = 0.9

@@ -44,7 +44,8 @@ class NativeKernel:
     each output if the op moves no data. An op that `updates` its in-place outputs writes only parts of them, so they
     must share the inputs' memory; for other in-place ops sharing is optional. `packed` maps each weight that the
     kernel reads in the packed form of `runtime/kernels/cpu/packed.h` to its number of gates; the table named by
-    `unpacks` may be packed too, and a separate function then reads it.
+    `unpacks` may be packed too, and a separate function then reads it. `caches` are the inputs that are paged KV
+    caches, which may be stored as codes (`runtime/core/model/kv_form.py`).
     """
 
     op: type[OpNode]
@@ -54,6 +55,7 @@ class NativeKernel:
     parts: Mapping[str, Part] | None = None
     packed: Mapping[str, int] = field(default_factory=dict)
     unpacks: str | None = None
+    caches: tuple[str, ...] = ()
 
     @property
     def symbol(self) -> str:

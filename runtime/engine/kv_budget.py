@@ -85,9 +85,9 @@ def _shown_bytes(num_bytes: int) -> str:
 
 
 def bytes_per_block(model: Model, block_size: int) -> int:
-    """The bytes of the KV of `block_size` tokens, over all layers."""
+    """The bytes of the KV of `block_size` tokens, over all layers, with the scales of codes."""
     c = model.config
-    num_bytes: int = c.L * block_size * model.layout.cache(c).num_elements * model.dtype.itemsize
+    num_bytes: int = c.L * block_size * model.kv_entry.num_elements * model.kv_dtype.itemsize
     return num_bytes
 
 

@@ -52,6 +52,7 @@ from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.executor.weight_stats import WeightStats, weight_stats
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import Tier
+from sageLLM.runtime.loader.kv_form import KvCacheDtype
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
 from sageLLM.runtime.registry.plugins import load_registry
@@ -83,7 +84,9 @@ class LLM:
 
     KV cache: `num_kv_blocks` blocks in each pool (strict mode has two); by default on a CPU 1 GiB in total, more only
     if the longest sequence needs it, and on a GPU what `gpu_memory_utilization`, a fraction of all its memory, leaves
-    after the weights and the largest step. `kv_cache_size` states the size and its reason. `enable_prefix_caching`
+    after the weights and the largest step. `kv_cache_size` states the size and its reason. `kv_cache_dtype` "int8" or
+    "fp8" stores keys and values in 8 bits, with a scale per token and head; "auto" in the element type
+    (docs/kv-cache.md). `enable_prefix_caching`
     reuses the KV of equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in
     `disk_folder` (None: the system's folder for temporary files); requests that are preempted when the pool is full are
     swapped there and need not be computed again.
@@ -147,6 +150,7 @@ class LLM:
         max_model_len: int | None = None,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
@@ -237,6 +241,7 @@ class LLM:
                 has_weights=self._backend == "uni",
                 is_streamed=weights.tier == "disk",
                 keeps_codes=reads_codes(kernels, torch_device),
+                kv_cache_dtype=kv_cache_dtype,
             )
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
@@ -288,6 +293,7 @@ class LLM:
                 max_num_seqs=config.max_decode_batch_size,
                 max_num_batched_tokens=config.max_prefill_tokens,
                 enforce_eager=enforce_eager,
+                kv_cache_dtype=kv_cache_dtype,
             )
             self._engine, self._ffn_workers = start_engine(
                 spec,

@@ -7,6 +7,7 @@ import torch
 
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor import red_zones
 from sageLLM.runtime.executor.device_api import CudaApi
@@ -28,11 +29,12 @@ def choose_planner(
     overrides: Mapping[str, Kernel] | None = None,
     *,
     captures: bool = True,
+    kv_form: KvForm | None = None,
 ) -> Planner:
     """The planner for a choice of KERNEL_CHOICES; `auto` selects the best kernels of the device.
 
     `overrides` take the place of reference kernels. Triton kernels are captured in CUDA graphs if `captures`. Raises
-    SageError for a choice that is unknown or that the device does not support.
+    SageError for a choice that is unknown, or that the device or the form of the KV cache does not allow.
     """
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
@@ -43,6 +45,10 @@ def choose_planner(
     gpu = CudaApi() if device.type == "cuda" else None
     is_checked = red_zones.is_enabled()
     if choice == "triton" or (choice == "auto" and gpu is not None and why_not is None):
+        if kv_form is not None:
+            raise SageError(
+                f"kv_cache_dtype must be 'auto' with Triton kernels, got {kv_form.name!r}; or use kernels='reference'"
+            )
         kernels = {**references, **triton_table(registry.packages)}
         if is_checked:
             return TorchPlanner(red_zones.checked(kernels, registry.ops), "triton", gpu)
@@ -54,7 +60,7 @@ def choose_planner(
     if is_checked:
         return TorchPlanner(red_zones.checked({**references, **native_callables(registry)}, registry.ops), "cpu")
     # The runner is made on first use: finding a compiler takes time, and a model may need no native kernel.
-    return NativePlanner(lambda: make_runner(registry), references, dtype)
+    return NativePlanner(lambda: make_runner(registry), references, dtype, kv_form)
 
 
 def native_callables(registry: Registry) -> dict[str, Kernel]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.executor.cuda_graphs import DeviceBuffers, DevicePlan, GraphedPlan
 from sageLLM.runtime.executor.device_api import DeviceApi
 from sageLLM.runtime.executor.native.arena import Arena
@@ -140,7 +141,15 @@ class NativePlanner:
     device: DeviceApi | None = None
     captures = False
 
-    def __init__(self, make_runner: Callable[[], NativeRunner], reference: Mapping[str, Kernel], dtype: str) -> None:
+    def __init__(
+        self,
+        make_runner: Callable[[], NativeRunner],
+        reference: Mapping[str, Kernel],
+        dtype: str,
+        kv_form: KvForm | None = None,
+    ) -> None:
+        """`kv_form` is the form of the caches that plans bind."""
+        self._kv_form = None if kv_form is None else kv_form.native
         self.stats: list[KernelStats] = []
         self.recorder = StepRecorder()
         self._make_runner, self._kernels, self._dtype = make_runner, reference, dtype
@@ -202,7 +211,12 @@ class NativePlanner:
         """The runner, with the kernels of these ops built."""
         if self._runner is None:
             self._runner = self._make_runner()
-        self._runner.prepare(dict.fromkeys(ops), self._dtype)
+        by_form: dict[str | None, dict[str, None]] = {}
+        for op in ops:
+            kernel = self._runner.kernels.get(op)
+            by_form.setdefault(self._kv_form if kernel is not None and kernel.caches else None, {})[op] = None
+        for form, names in by_form.items():
+            self._runner.prepare(names, self._dtype, form)
         return self._runner
 
     def _native_plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None) -> NativePlan:

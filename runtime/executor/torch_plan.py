@@ -16,7 +16,7 @@ from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.passes.part_sizes import attrs_with_sizes
 from sageLLM.runtime.executor.device_streams import StreamApi, make_streams
-from sageLLM.runtime.executor.native.sizes import solve_sizes
+from sageLLM.runtime.executor.native.sizes import fixed_sizes, solve_sizes
 
 _ABSENT = 0
 """The slot of an absent optional operand; it always holds None."""
@@ -61,10 +61,7 @@ class Plan:
         order = graph.topological_sort()
         self._streams = make_streams(graph, order, api)
         self._calls = self._flatten(order, kernels)
-        self._fixed: dict[str, int] = {}
-        for name, ref in (*graph.weights.items(), *graph.inputs.items()):
-            if name in bound:
-                solve_sizes(ref, bound[name].shape, self._fixed)
+        self._fixed = fixed_sizes(graph, bound)
         self._has_symbols = any(isinstance(x, Expr) for call in self._calls for x in call.attrs.values())
         self._outputs = [self._slots[ref.name] for ref in graph.outputs]
 

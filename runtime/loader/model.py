@@ -14,15 +14,18 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.model.formats import QuantMethod
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown
-from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.kv_form import KvForm
+from sageLLM.runtime.core.model.layout import KvShape, ModelLayout
 from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
 from sageLLM.runtime.core.model.weights import WeightSpec, by_experts
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.execution_graph.attention_ffn import Role, is_ffn_weight
 from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not_divisible
 from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
 from sageLLM.runtime.loader.heads import absent_head, without_weights
+from sageLLM.runtime.loader.kv_form import choose_kv_form
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.quantized_checkpoint import QuantizedCheckpoint
@@ -58,7 +61,7 @@ class Model:
     `pipeline_stage`, and of what precedes or follows the layers on the first and the last stage. `absent` are the
     weights of a head that the checkpoint lacks; such a model can only compute embeddings. `share` describes the
     weights, also if they are to be read from a file in each step. `dequantized` has the reasons for quantised weights
-    that no kernel reads as codes.
+    that no kernel reads as codes. `kv_form` is the form of KV caches if they consist of codes.
     """
 
     layout: ModelLayout
@@ -72,6 +75,7 @@ class Model:
     pipeline_stage: PipelineStage = WHOLE
     share: WeightShare = NO_WEIGHTS
     dequantized: Mapping[str, str] = field(default_factory=dict)
+    kv_form: KvForm | None = None
 
     @property
     def generates(self) -> bool:
@@ -87,6 +91,17 @@ class Model:
     def short_dtype(self) -> str:
         """The element type as graphs spell it: f32, bf16, f16."""
         return SHORT_NAMES[self.dtype]
+
+    @property
+    def kv_entry(self) -> KvShape:
+        """The entry of a token in a layer's KV cache as stored, in elements of `kv_dtype`."""
+        shape = self.layout.cache(self.config)
+        return shape if self.kv_form is None else self.kv_form.stored(shape)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The element type of the tensors of KV caches."""
+        return self.dtype if self.kv_form is None else TORCH_TYPES[self.kv_form]
 
     @property
     def num_parameters(self) -> int:
@@ -119,6 +134,7 @@ def load_model(
     has_weights: bool = True,
     is_streamed: bool = False,
     keeps_codes: bool = False,
+    kv_cache_dtype: str = "auto",
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
@@ -126,10 +142,11 @@ def load_model(
     part of each. With a `role`, only the weights of attention workers, or those of FFN
     workers, are read. Without `has_weights` the folder is checked, and the model has the config of all ranks and no
     weights: it is for the process that sends steps to workers. With `is_streamed` the weights are left on disk. With
-    `keeps_codes` weights of small codes stay so, for a planner with kernels that read them.
+    `keeps_codes` weights of small codes stay so, for a planner with kernels that read them. `kv_cache_dtype` is the
+    form of the KV cache, "auto" for the element type.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
-    missing, unused, or of a different shape.
+    missing, unused, or of a different shape, and SageError for a form of the KV cache that the layout does not allow.
     """
     path = folder / "config.json"
     data = read_config_file(path)
@@ -140,6 +157,7 @@ def load_model(
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     length = _model_len(config.longest, max_model_len, path)
+    kv_form = choose_kv_form(kv_cache_dtype, layout, config)
     stage = PipelineStage(rank // tp, pp) if has_weights else WHOLE
     checkpoint = open_checkpoint(folder, registry)
     kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
@@ -190,6 +208,7 @@ def load_model(
         pipeline_stage=stage,
         share=share,
         dequantized=dequantized,
+        kv_form=kv_form,
     )
 
 

@@ -96,6 +96,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
     enforce_eager: bool = False
+    kv_cache_dtype: str = "auto"
 
     @property
     def num_ranks(self) -> int:
@@ -161,6 +162,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         expert_parallel=spec.enable_expert_parallel,
         is_streamed=spec.weights.tier == "disk",
         keeps_codes=reads_codes(spec.kernels, device),
+        kv_cache_dtype=spec.kv_cache_dtype,
     )
     links = None
     if spec.side is not None and spec.af_channel is not None:
@@ -241,7 +243,9 @@ def make_compiler(
         dtype=model.short_dtype,
         disable=disable_passes,
         schedule=schedule,
-        planner=choose_planner(kernels, registry, model.device, model.short_dtype, overrides, captures=captures),
+        planner=choose_planner(
+            kernels, registry, model.device, model.short_dtype, overrides, captures=captures, kv_form=model.kv_form
+        ),
         pipeline_stage=model.pipeline_stage,
         side=side,
         samples_locally=model.config.tp > 1,

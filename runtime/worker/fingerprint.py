@@ -19,6 +19,7 @@ def fingerprint(folder: Path, model: Model, compiler: ModelCompiler) -> dict[str
         "config.json": _digest((folder / "config.json").read_bytes()),
         "layout": f"{model.layout.name} {_digest(whole.encode())}",
         "element type": model.short_dtype,
+        "KV cache": model.short_dtype if model.kv_form is None else model.kv_form.name,
         "longest sequence": str(model.max_model_len),
         "kernels": compiler.planner.name,
     }

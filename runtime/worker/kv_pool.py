@@ -33,6 +33,8 @@ class LowerTier(NamedTuple):
 class KVPool:
     """Keys and values [PG, BS, heads, width] of each layer, from `first_layer` on: PG blocks of BS tokens.
 
+    In a form of codes the widths include the scales (`runtime/core/model/kv_form.py`), and copies move both.
+
     If the layout stores values as the leading part of keys, they are views of the keys' memory. With a `folder` the
     memory is an unlinked file there, mapped into the process: the system frees it when the process ends, however it
     ends.
@@ -127,17 +129,17 @@ def make_pool(
 
     Raises SageError if it does not fit the memory.
     """
-    shape, layers = model.layout.cache(model.config), model.layers
+    shape, layers = model.kv_entry, model.layers
 
     def pool(size: int, device: torch.device, folder: Path | None = None, lower: KVPool | None = None) -> KVPool:
         file = memory if folder is None else None
-        return KVPool(len(layers), size, block_size, shape, model.dtype, device, folder, layers.start, lower, file)
+        return KVPool(len(layers), size, block_size, shape, model.kv_dtype, device, folder, layers.start, lower, file)
 
     try:
         below = None if lower is None else pool(lower.num_blocks, torch.device("cpu"), lower.folder)
         return pool(num_blocks, model.device, lower=below)
     except (MemoryError, torch.OutOfMemoryError):
-        gib = len(layers) * num_blocks * block_size * shape.num_elements * model.dtype.itemsize / 2**30
+        gib = len(layers) * num_blocks * block_size * shape.num_elements * model.kv_dtype.itemsize / 2**30
         raise SageError(
             f"the KV cache of {num_blocks} blocks of {block_size} tokens must fit in memory, got {gib:.1f} GiB; "
             f"lower num_kv_blocks, or max_model_len={model.max_model_len}"

@@ -34,7 +34,7 @@ class RoleSpec(NamedTuple):
 def make_group(model: Model, workers: Sequence[RoleSpec], transport: TransportName) -> KVGroup:
     """The group of these workers, with memory for their pools. `model` has the config of one rank, without tp."""
     config = model.config
-    shape = model.layout.cache(config)
+    shape = model.kv_entry
     widths = shape.k[1], None if shape.is_shared else shape.v[1]
     if not shape.is_shared and shape.k[0] != shape.v[0]:
         raise SageError("prefill and decode workers require as many key heads as value heads in the KV cache")
@@ -53,7 +53,7 @@ def make_group(model: Model, workers: Sequence[RoleSpec], transport: TransportNa
 def _memory(group: KVGroup, model: Model, worker: int, rank: int) -> int:
     """The descriptor of memory for the pool of a rank; it has no name, and pages exist only once they are used."""
     file = os.memfd_create(f"sagellm-kv-{worker}-{rank}", 0)
-    os.ftruncate(file, memory_bytes(group.shape(worker, rank), model.dtype))
+    os.ftruncate(file, memory_bytes(group.shape(worker, rank), model.kv_dtype))
     return file
 
 

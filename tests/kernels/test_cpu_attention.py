@@ -70,7 +70,8 @@ class Batch:
         slopes = self.slopes.to(wide) if attrs.pop("slopes", False) else None
         is_reference = kernel in reference.KERNELS.values()  # which reads whole rows of the table
         table = self.block_table.clamp(max=len(self.k) - 1) if is_reference else self.block_table
-        operands = self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), table, self.seq_lens, *starts, sinks, slopes
+        k, v = (cache.to(dtype) if cache.is_floating_point() else cache for cache in (self.k, self.v))
+        operands = self.q.to(dtype), k, v, table, self.seq_lens, *starts, sinks, slopes
         result: Tensor = kernel(*operands, scale=self.q.shape[2] ** -0.5, **attrs)
         return result
 

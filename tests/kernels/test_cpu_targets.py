@@ -21,11 +21,13 @@ TARGETS = {
 VARIANTS = (
     ("linear", "sage::bf16", None),
     ("linear", "float", None),
-    ("linear", "sage::bf16", "int8_codes"),
-    ("experts", "sage::bf16", "fp4_codes"),
+    ("linear", "sage::bf16", "SAGE_WEIGHT=int8_codes"),
+    ("experts", "sage::bf16", "SAGE_WEIGHT=fp4_codes"),
     ("attention", "sage::bf16", None),
+    ("attention", "sage::bf16", "SAGE_KV=int8_kv"),
+    ("qk", "sage::bf16", "SAGE_KV=fp8_kv"),
 )
-"""File, element type and form of packed weights: each uses other microkernels."""
+"""File, element type, and form of packed weights or of KV caches: each uses other microkernels."""
 
 
 @needs_compiler
@@ -35,8 +37,13 @@ def test_kernels_compile_for(flag: str) -> None:
     found = compiler.find_compiler()
     assert found is not None
     for file, element, form in VARIANTS:
-        weight = [f"-DSAGE_WEIGHT={form}"] if form else []
-        flags = [*compiler.compile_flags(), flag, "-fsyntax-only", f"-DSAGE_ELEMENT={element}", *weight]
+        flags = [
+            *compiler.compile_flags(),
+            flag,
+            "-fsyntax-only",
+            f"-DSAGE_ELEMENT={element}",
+            *([f"-D{form}"] if form else []),
+        ]
         command = [*found.command, *flags, f"-I{compiler.HEADERS}", str(SOURCES / f"{file}.cpp")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{file}.cpp for {element}, {form or 'plain'} weights:\n{result.stderr[:2000]}"
+        assert result.returncode == 0, f"{file}.cpp for {element}, {form or 'plain'}:\n{result.stderr[:2000]}"

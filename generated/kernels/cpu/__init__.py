@@ -109,10 +109,16 @@ def _kernels() -> dict[str, NativeKernel]:
         "tanh": NativeKernel(Tanh, "activation.cpp", ("R", "I")),
         "xielu": NativeKernel(Xielu, "activation.cpp", ("R", "I")),
         "paged_prefill_attention": NativeKernel(
-            PagedPrefillAttention, "attention.cpp", ("T", "Nq", "D", "PG", "BS", "Nkv", "Dv", "B", "MB")
+            PagedPrefillAttention,
+            "attention.cpp",
+            ("T", "Nq", "D", "PG", "BS", "Nkv", "Dv", "B", "MB"),
+            caches=("k_cache", "v_cache"),
         ),
         "paged_decode_attention": NativeKernel(
-            PagedDecodeAttention, "attention.cpp", ("B", "Nq", "D", "PG", "BS", "Nkv", "Dv", "MB")
+            PagedDecodeAttention,
+            "attention.cpp",
+            ("B", "Nq", "D", "PG", "BS", "Nkv", "Dv", "MB"),
+            caches=("k_cache", "v_cache"),
         ),
         "all_reduce": NativeKernel(AllReduce, "comm.cpp", ("R", "H")),
         "all_gather": NativeKernel(AllGather, "comm.cpp", ("R", "N", "W")),
@@ -139,8 +145,16 @@ def _kernels() -> dict[str, NativeKernel]:
         "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
         "scale_experts": NativeKernel(ScaleExperts, "experts.cpp", ("T", "A", "H")),
         "sum_experts": NativeKernel(SumExperts, "experts.cpp", ("T", "A", "H")),
-        "kv_store": NativeKernel(KvStore, "kv.cpp", ("T", "Nkv", "D", "Dv", "PG", "BS"), updates=True),
-        "kv_copy": NativeKernel(KvCopy, "kv.cpp", ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
+        "kv_store": NativeKernel(
+            KvStore, "kv.cpp", ("T", "Nkv", "D", "Dv", "PG", "BS"), updates=True, caches=("k_cache", "v_cache")
+        ),
+        "kv_copy": NativeKernel(
+            KvCopy,
+            "kv.cpp",
+            ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"),
+            updates=True,
+            caches=("src_k", "src_v", "dst_k", "dst_v"),
+        ),
         "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
         "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
         "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),
@@ -175,16 +189,32 @@ def _kernels() -> dict[str, NativeKernel]:
         "rope_interleaved": NativeKernel(RopeInterleaved, "position.cpp", ("T", "N", "D", "P", "Dr")),
         "scale_by_position": NativeKernel(ScaleByPosition, "position.cpp", ("T", "N", "D")),
         "qk_rope_kv_store": NativeKernel(
-            QkRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+            QkRopeKvStore,
+            "qk.cpp",
+            ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"),
+            updates=True,
+            caches=("k_cache", "v_cache"),
         ),
         "qk_rope_interleaved_kv_store": NativeKernel(
-            QkRopeInterleavedKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+            QkRopeInterleavedKvStore,
+            "qk.cpp",
+            ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"),
+            updates=True,
+            caches=("k_cache", "v_cache"),
         ),
         "qk_norm_rope_kv_store": NativeKernel(
-            QkNormRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+            QkNormRopeKvStore,
+            "qk.cpp",
+            ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"),
+            updates=True,
+            caches=("k_cache", "v_cache"),
         ),
         "qk_norm_1p_rope_kv_store": NativeKernel(
-            QkNorm1pRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+            QkNorm1pRopeKvStore,
+            "qk.cpp",
+            ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"),
+            updates=True,
+            caches=("k_cache", "v_cache"),
         ),
         "sample": NativeKernel(Sample, "sampling.cpp", ("S", "V")),
         "sample_shard": NativeKernel(SampleShard, "sampling.cpp", ("S", "V")),

@@ -7,6 +7,7 @@
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using Cache = SAGE_KV;
 
 // specs/ops/kv.yaml: kv_store
 // Writes the keys and values of new tokens into their slots of the paged KV cache.
@@ -25,11 +26,11 @@ SAGE_KERNEL(kv_store) {
     const int64_t v_T = sizes[8];
     const int64_t v_Nkv = sizes[9];
     const int32_t* slots = (const int32_t*)tensors[4];
-    E* k_out = (E*)tensors[5];
+    Cache* k_out = (Cache*)tensors[5];
     const int64_t k_out_PG = sizes[16];
     const int64_t k_out_BS = sizes[17];
     const int64_t k_out_Nkv = sizes[18];
-    E* v_out = (E*)tensors[6];
+    Cache* v_out = (Cache*)tensors[6];
     const int64_t v_out_PG = sizes[19];
     const int64_t v_out_BS = sizes[20];
     const int64_t v_out_Nkv = sizes[21];
@@ -37,14 +38,10 @@ SAGE_KERNEL(kv_store) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
-        sweep(D, [&](auto i_D) {
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_D,
-                  load(k + i_T * k_T + i_Nkv * k_Nkv, i_D));
-        });
-        sweep(Dv, [&](auto i_Dv) {
-            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_Dv,
-                  load(v + i_T * v_T + i_Nkv * v_Nkv, i_Dv));
-        });
+        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 0);
+        sweep(D, [&](auto i_D) { store(k_out_row.at, i_D, load(k + i_T * k_T + i_Nkv * k_Nkv, i_D)); });
+        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, Dv, 1);
+        sweep(Dv, [&](auto i_Dv) { store(v_out_row.at, i_Dv, load(v + i_T * v_T + i_Nkv * v_Nkv, i_Dv)); });
     });
 }
 
@@ -58,44 +55,48 @@ SAGE_KERNEL(kv_copy) {
     const int64_t D = sizes[3];
     const int64_t Dv = sizes[4];
     const int64_t M = sizes[6];
-    const E* src_k = (const E*)tensors[0];
+    const Cache* src_k = (const Cache*)tensors[0];
     const int64_t src_k_SPG = sizes[7];
     const int64_t src_k_BS = sizes[8];
     const int64_t src_k_Nkv = sizes[9];
-    const E* src_v = (const E*)tensors[1];
+    const Cache* src_v = (const Cache*)tensors[1];
     const int64_t src_v_SPG = sizes[10];
     const int64_t src_v_BS = sizes[11];
     const int64_t src_v_Nkv = sizes[12];
     const int32_t* src_blocks = (const int32_t*)tensors[4];
     const int32_t* dst_blocks = (const int32_t*)tensors[5];
-    E* dst_k_out = (E*)tensors[6];
+    Cache* dst_k_out = (Cache*)tensors[6];
     const int64_t dst_k_out_PG = sizes[19];
     const int64_t dst_k_out_BS = sizes[20];
     const int64_t dst_k_out_Nkv = sizes[21];
-    E* dst_v_out = (E*)tensors[7];
+    Cache* dst_v_out = (Cache*)tensors[7];
     const int64_t dst_v_out_PG = sizes[22];
     const int64_t dst_v_out_BS = sizes[23];
     const int64_t dst_v_out_Nkv = sizes[24];
     const int64_t elements = BS * Nkv * (D + Dv);
     parallel_for_rows(M, M * elements, [&](int64_t row) {
         const int64_t from_block = src_blocks[row], into_block = dst_blocks[row];
-        if (src_k_Nkv == D && src_k_BS == Nkv * D && dst_k_out_Nkv == D && dst_k_out_BS == Nkv * D)
-            memcpy(dst_k_out + into_block * dst_k_out_PG, src_k + from_block * src_k_SPG, BS * src_k_BS * sizeof(E));
+        if (src_k_Nkv == stored_width<Cache>(D) && src_k_BS == Nkv * src_k_Nkv &&
+            dst_k_out_Nkv == stored_width<Cache>(D) && dst_k_out_BS == Nkv * dst_k_out_Nkv)
+            memcpy(dst_k_out + into_block * dst_k_out_PG, src_k + from_block * src_k_SPG,
+                   BS * src_k_BS * sizeof(Cache));
         else
             for (int64_t offset = 0; offset < BS; ++offset)
                 for (int64_t head = 0; head < Nkv; ++head) {
-                    const E* from = src_k + from_block * src_k_SPG + offset * src_k_BS + head * src_k_Nkv;
-                    E* into = dst_k_out + into_block * dst_k_out_PG + offset * dst_k_out_BS + head * dst_k_out_Nkv;
-                    memcpy(into, from, D * sizeof(E));
+                    const Cache* from = src_k + from_block * src_k_SPG + offset * src_k_BS + head * src_k_Nkv;
+                    Cache* into = dst_k_out + into_block * dst_k_out_PG + offset * dst_k_out_BS + head * dst_k_out_Nkv;
+                    memcpy(into, from, stored_width<Cache>(D) * sizeof(Cache));
                 }
-        if (src_v_Nkv == Dv && src_v_BS == Nkv * Dv && dst_v_out_Nkv == Dv && dst_v_out_BS == Nkv * Dv)
-            memcpy(dst_v_out + into_block * dst_v_out_PG, src_v + from_block * src_v_SPG, BS * src_v_BS * sizeof(E));
+        if (src_v_Nkv == stored_width<Cache>(Dv) && src_v_BS == Nkv * src_v_Nkv &&
+            dst_v_out_Nkv == stored_width<Cache>(Dv) && dst_v_out_BS == Nkv * dst_v_out_Nkv)
+            memcpy(dst_v_out + into_block * dst_v_out_PG, src_v + from_block * src_v_SPG,
+                   BS * src_v_BS * sizeof(Cache));
         else
             for (int64_t offset = 0; offset < BS; ++offset)
                 for (int64_t head = 0; head < Nkv; ++head) {
-                    const E* from = src_v + from_block * src_v_SPG + offset * src_v_BS + head * src_v_Nkv;
-                    E* into = dst_v_out + into_block * dst_v_out_PG + offset * dst_v_out_BS + head * dst_v_out_Nkv;
-                    memcpy(into, from, Dv * sizeof(E));
+                    const Cache* from = src_v + from_block * src_v_SPG + offset * src_v_BS + head * src_v_Nkv;
+                    Cache* into = dst_v_out + into_block * dst_v_out_PG + offset * dst_v_out_BS + head * dst_v_out_Nkv;
+                    memcpy(into, from, stored_width<Cache>(Dv) * sizeof(Cache));
                 }
     });
 }

@@ -7,6 +7,7 @@
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using Cache = SAGE_KV;
 
 // specs/ops/qk.yaml: qk_rope_kv_store
 // Rotates the queries and keys of a packed projection; stores the keys and values.
@@ -33,11 +34,11 @@ SAGE_KERNEL(qk_rope_kv_store) {
     E* q = (E*)tensors[7];
     const int64_t q_T = sizes[17];
     const int64_t q_Nq = sizes[18];
-    E* k_out = (E*)tensors[8];
+    Cache* k_out = (Cache*)tensors[8];
     const int64_t k_out_PG = sizes[19];
     const int64_t k_out_BS = sizes[20];
     const int64_t k_out_Nkv = sizes[21];
-    E* v_out = (E*)tensors[9];
+    Cache* v_out = (Cache*)tensors[9];
     const int64_t v_out_PG = sizes[22];
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
@@ -64,6 +65,7 @@ SAGE_KERNEL(qk_rope_kv_store) {
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
         const int64_t i_P = pos[i_T];
+        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 0);
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c_2 = load(cos + i_P * cos_P, i_Dr);
             const auto s_2 = load(sin + i_P * sin_P, i_Dr);
@@ -71,16 +73,17 @@ SAGE_KERNEL(qk_rope_kv_store) {
             const auto b_2 = load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr);
             const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
             const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_Dr, y1_2);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr / 2, i_Dr, y2_2);
+            store(k_out_row.at, i_Dr, y1_2);
+            store(k_out_row.at + Dr / 2, i_Dr, y2_2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
             const auto same_2 = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr, i_DDr, same_2);
+            store(k_out_row.at + Dr, i_DDr, same_2);
         });
+        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 1);
         sweep(D, [&](auto i_D) {
             const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
-            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v);
+            store(v_out_row.at, i_D, v);
         });
     });
 }
@@ -110,11 +113,11 @@ SAGE_KERNEL(qk_rope_interleaved_kv_store) {
     E* q = (E*)tensors[7];
     const int64_t q_T = sizes[17];
     const int64_t q_Nq = sizes[18];
-    E* k_out = (E*)tensors[8];
+    Cache* k_out = (Cache*)tensors[8];
     const int64_t k_out_PG = sizes[19];
     const int64_t k_out_BS = sizes[20];
     const int64_t k_out_Nkv = sizes[21];
-    E* v_out = (E*)tensors[9];
+    Cache* v_out = (Cache*)tensors[9];
     const int64_t v_out_PG = sizes[22];
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
@@ -141,6 +144,7 @@ SAGE_KERNEL(qk_rope_interleaved_kv_store) {
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
         const int64_t i_P = pos[i_T];
+        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 0);
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c_2 = load(cos + i_P * cos_P, i_Dr);
             const auto s_2 = load(sin + i_P * sin_P, i_Dr);
@@ -148,16 +152,17 @@ SAGE_KERNEL(qk_rope_interleaved_kv_store) {
             const auto b_2 = load_strided(2, qkv + i_T * qkv_T + i_Nkv * D + D * Nq + 1, i_Dr);
             const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
             const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
-            store_strided(2, k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_Dr, y1_2);
-            store_strided(2, k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 1, i_Dr, y2_2);
+            store_strided(2, k_out_row.at, i_Dr, y1_2);
+            store_strided(2, k_out_row.at + 1, i_Dr, y2_2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
             const auto same_2 = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr, i_DDr, same_2);
+            store(k_out_row.at + Dr, i_DDr, same_2);
         });
+        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 1);
         sweep(D, [&](auto i_D) {
             const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
-            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v);
+            store(v_out_row.at, i_D, v);
         });
     });
 }
@@ -191,11 +196,11 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
     E* q = (E*)tensors[9];
     const int64_t q_T = sizes[17];
     const int64_t q_Nq = sizes[18];
-    E* k_out = (E*)tensors[10];
+    Cache* k_out = (Cache*)tensors[10];
     const int64_t k_out_PG = sizes[19];
     const int64_t k_out_BS = sizes[20];
     const int64_t k_out_Nkv = sizes[21];
-    E* v_out = (E*)tensors[11];
+    Cache* v_out = (Cache*)tensors[11];
     const int64_t v_out_PG = sizes[22];
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
@@ -232,16 +237,18 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
+        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 0);
         Sum ms_2_acc;
         sweep(D, [&](auto i_D) {
             const auto kh = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D);
             const auto xf_2 = kh;
             ms_2_acc.add(xf_2 * xf_2, i_D);
             const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
-            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v);
+            store(v_out_row.at, i_D, v);
         });
         const float ms_2 = ms_2_acc.total() / (float)D;
         const int64_t i_P = pos[i_T];
+        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 1);
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c_2 = load(cos + i_P * cos_P, i_Dr);
             const auto s_2 = load(sin + i_P * sin_P, i_Dr);
@@ -252,14 +259,14 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
                       load(k_norm + Dr / 2, i_Dr));
             const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
             const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_Dr, y1_2);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr / 2, i_Dr, y2_2);
+            store(k_out_row.at, i_Dr, y1_2);
+            store(k_out_row.at + Dr / 2, i_Dr, y2_2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
             const auto same_2 =
                 to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps)) *
                       load(k_norm + Dr, i_DDr));
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr, i_DDr, same_2);
+            store(k_out_row.at + Dr, i_DDr, same_2);
         });
     });
 }
@@ -293,11 +300,11 @@ SAGE_KERNEL(qk_norm_1p_rope_kv_store) {
     E* q = (E*)tensors[9];
     const int64_t q_T = sizes[17];
     const int64_t q_Nq = sizes[18];
-    E* k_out = (E*)tensors[10];
+    Cache* k_out = (Cache*)tensors[10];
     const int64_t k_out_PG = sizes[19];
     const int64_t k_out_BS = sizes[20];
     const int64_t k_out_Nkv = sizes[21];
-    E* v_out = (E*)tensors[11];
+    Cache* v_out = (Cache*)tensors[11];
     const int64_t v_out_PG = sizes[22];
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
@@ -334,16 +341,18 @@ SAGE_KERNEL(qk_norm_1p_rope_kv_store) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
+        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 0);
         Sum ms_2_acc;
         sweep(D, [&](auto i_D) {
             const auto kh = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D);
             const auto xf_2 = kh;
             ms_2_acc.add(xf_2 * xf_2, i_D);
             const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
-            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v);
+            store(v_out_row.at, i_D, v);
         });
         const float ms_2 = ms_2_acc.total() / (float)D;
         const int64_t i_P = pos[i_T];
+        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 1);
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c_2 = load(cos + i_P * cos_P, i_Dr);
             const auto s_2 = load(sin + i_P * sin_P, i_Dr);
@@ -353,13 +362,13 @@ SAGE_KERNEL(qk_norm_1p_rope_kv_store) {
                                    rsqrt(ms_2 + eps) * (1.0f + load(k_norm + Dr / 2, i_Dr)));
             const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
             const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_Dr, y1_2);
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr / 2, i_Dr, y2_2);
+            store(k_out_row.at, i_Dr, y1_2);
+            store(k_out_row.at + Dr / 2, i_Dr, y2_2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
             const auto same_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps) *
                                       (1.0f + load(k_norm + Dr, i_DDr)));
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr, i_DDr, same_2);
+            store(k_out_row.at + Dr, i_DDr, same_2);
         });
     });
 }

@@ -5,6 +5,8 @@
 import torch
 from torch import Tensor
 
+from .kv_forms import kv_rows
+
 __all__ = [
     "kv_copy",
     "kv_store",
@@ -15,8 +17,8 @@ __all__ = [
 def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Writes k and v, [T, Nkv, D], to the slots (block * BS + offset) of the caches; returns the caches."""
     rows = slots.to(torch.int64)
-    k_cache.flatten(0, 1).index_copy_(0, rows, k)
-    v_cache.flatten(0, 1).index_copy_(0, rows, v)
+    k_cache.flatten(0, 1).index_copy_(0, rows, kv_rows(k, k_cache))
+    v_cache.flatten(0, 1).index_copy_(0, rows, kv_rows(v, v_cache))
     return k_cache, v_cache
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from sageLLM.runtime.core.ir.dims import Dim, Expr, product
@@ -10,6 +11,7 @@ from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import Inference, Memo, OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.executor.native.calls import CallList
 from sageLLM.runtime.executor.native.locations import Aliases, Location, contiguous, part_location, row_strides
 from sageLLM.runtime.executor.native.streams import CallStreams, ensure_events
@@ -96,15 +98,18 @@ def flatten(
     functions: Functions,
     inputs: Mapping[str, Location],
     weights: Weights,
+    cache_forms: Mapping[str, KvForm] = MappingProxyType({}),
     *,
     poison: bool = False,
 ) -> Flattened:
     """Flattens a kernel-level graph; `inputs` are the locations of all its inputs, caches and tables included.
 
+    `cache_forms` are the inputs that are caches of codes.
+
     Calls keep the streams of their nodes and the planned waits. With `poison`, a call before each native call fills the
     memory that it writes with NaN.
     """
-    return _Flattener(graph, functions, inputs, weights, poison=poison).run()
+    return _Flattener(graph, functions, inputs, weights, cache_forms, poison=poison).run()
 
 
 class _Flattener:
@@ -114,6 +119,7 @@ class _Flattener:
         functions: Functions,
         inputs: Mapping[str, Location],
         weights: Weights,
+        cache_forms: Mapping[str, KvForm],
         *,
         poison: bool,
     ) -> None:
@@ -124,7 +130,7 @@ class _Flattener:
         self._poison = poison
         self._external = {*inputs, *graph.weights}
         self._names = graph.weights
-        self._functions, self._weights = functions, weights
+        self._functions, self._weights, self._cache_forms = functions, weights, cache_forms
         # The layers of a model have equal types, so they share their inference.
         self._memo: Memo = {}
         self._out = Flattened(locations=dict(inputs))
@@ -204,12 +210,16 @@ class _Flattener:
         return self._weights.location(ref, None) if ref.name in self._names else self._out.locations[ref.name]
 
     def _form(self, node: OpNode, kernel: NativeKernel) -> str | None:
-        """The form of the codes that the node reads."""
+        """The form of the codes that the node reads: those of a weight, or of caches."""
         for name in (*kernel.packed, *([kernel.unpacks] if kernel.unpacks else [])):
             ref = node.optional_input(name)
             if ref is not None and ref.name in self._names and (form := self._weights.form(ref.name)) is not None:
                 return form
-        return None
+        refs = [ref for name in kernel.caches if (ref := node.optional_input(name)) is not None]
+        forms = {self._cache_forms.get(self._locate(ref).base) for ref in refs}
+        assert len(forms) <= 1, f"{node.node_id}: the caches of {node.op} must have one form"
+        cache_form = next(iter(forms), None)
+        return None if cache_form is None else cache_form.native
 
     def _is_held_packed(self, ref: TensorRef) -> bool:
         return ref.name in self._names and self._weights.is_packed(ref.name)

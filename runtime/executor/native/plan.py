@@ -27,10 +27,11 @@ from sageLLM.runtime.executor.native.io_meter import make_meter
 from sageLLM.runtime.executor.native.layer_progress import LayerProgress
 from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.executor.native.recorder import RecordedStep, StepRecorder
-from sageLLM.runtime.executor.native.sizes import solve_sizes
+from sageLLM.runtime.executor.native.sizes import fixed_sizes, solve_sizes
 from sageLLM.runtime.executor.native.weights import Weight, WeightForms
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.library import Library
+from sageLLM.runtime.kernels.kv_codes import cache_form, declared_shape
 
 ALIGN = 256
 """Alignment of values in the arena in bytes: four cache lines, so that threads never share a line of two values."""
@@ -75,9 +76,11 @@ class NativePlan:
         self._arena = Arena() if arena is None else arena
         self._poison = poison
         # Sizes of bound tensors are known now; those of the other inputs come with each step.
-        self._fixed = _fixed_sizes(graph, bound)
+        self._fixed = fixed_sizes(graph, bound)
         self._free = [ref for name, ref in graph.inputs.items() if name not in bound]
-        self._flat = flatten(graph, runner, dict(self._inputs()), self._weights, poison=poison)
+        refs = graph.inputs
+        self._forms = {name: form for name, x in self._bound.items() if (form := cache_form(refs[name], x))}
+        self._flat = flatten(graph, runner, dict(self._inputs()), self._weights, self._forms, poison=poison)
         # Looked up now, so that an op without any kernel fails when the plan is made and not in a step.
         self._python = {id(call): kernels[call.node.op] for call in self._flat.python_calls}
         self._lifetimes = Lifetimes(graph)
@@ -170,13 +173,17 @@ class NativePlan:
         return seconds
 
     def _inputs(self) -> Iterator[tuple[str, Location]]:
-        """The locations of all inputs: bound tensors with their actual strides, others contiguous."""
+        """The locations of all inputs: bound tensors with their actual strides, others contiguous.
+
+        The strides of a cache of codes count bytes, as its tensor has them.
+        """
         for name, ref in self.graph.inputs.items():
             bound = self._bound.get(name)
             if bound is None:
                 yield name, contiguous(name, ref.dtype, ref.shape)
             else:
-                yield name, Location(name, ref.dtype, tuple(bound.shape), tuple(bound.stride()))
+                shape = declared_shape(bound) if name in self._forms else bound.shape
+                yield name, Location(name, ref.dtype, tuple(shape), tuple(bound.stride()))
 
     def _lay_out(self, values: Sequence[Tensor | None]) -> None:
         """Fills the call table with the sizes and addresses of a step that differs from the previous one."""
@@ -242,6 +249,8 @@ class NativePlan:
         tensor = self._weights[location.base] if location.base in self._weights else self._bound.get(location.base)
         tensor = tensors[location.base] if tensor is None else tensor
         assert isinstance(tensor, Tensor), f"{location.base} must be a tensor"
+        if location.base in self._forms:
+            return tensor
         return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
     def _make_steps(self, sizes: Sizes, tensors: Inputs) -> Iterator[Callable[[], None]]:
@@ -284,15 +293,6 @@ class NativePlan:
             start, num_bytes = self._offset(location.base), _num_bytes(location, sizes)
             if start is not None:
                 yield partial(self._arena.poison, start, num_bytes)
-
-
-def _fixed_sizes(graph: ExecutionGraph, bound: Mapping[str, Weight]) -> dict[str, int]:
-    """The sizes of bound tensors (weights, caches, tables), which do not change during the life of the plan."""
-    sizes: dict[str, int] = {}
-    for name, ref in (*graph.weights.items(), *graph.inputs.items()):
-        if name in bound:
-            solve_sizes(ref, bound[name].shape, sizes)
-    return sizes
 
 
 def _check_input(ref: TensorRef, tensor: Tensor) -> None:

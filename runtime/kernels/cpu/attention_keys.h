@@ -1,7 +1,7 @@
-// Memory layouts of the keys, values and query rows of attention: paged or contiguous.
+// Memory layouts of the keys, values and query rows of attention: paged or contiguous, elements or codes.
 #pragma once
 
-#include "loops.h"
+#include "kv_forms.h"
 
 namespace sage {
 
@@ -15,11 +15,13 @@ struct KeyRange {
 };
 
 // A paged cache: the query rows of a sequence are its last positions.
-template <class E>
+template <class Row>
 struct PagedKeys {
-    const E* k;
+    using Stored = Row;
+
+    const Row* k;
     int64_t k_page, k_slot, k_head;
-    const E* v;
+    const Row* v;
     int64_t v_page, v_slot, v_head;
     const int32_t* block_table;
     int64_t table_row, block_size;
@@ -30,13 +32,13 @@ struct PagedKeys {
     int64_t queries(int64_t b) const { return q_start ? q_start[b + 1] - q_start[b] : 1; }
     int64_t row(int64_t b, int64_t i) const { return q_start ? q_start[b] + i : b; }
     int64_t position(int64_t b, int64_t i) const { return length(b) - queries(b) + i; }
-    void find(int64_t b, int64_t g, int64_t first, int64_t stop, const E** key, const E** value) const {
+    void find(int64_t b, int64_t g, int64_t first, int64_t stop, const Row** key, const Row** value) const {
         const int32_t* blocks = block_table + b * table_row;
         for (int64_t n = first; n < stop;) {
             const int64_t page = blocks[n / block_size], offset = n % block_size;
             const int64_t end = minimum(stop, n - offset + block_size);
-            const E* k_row = k + g * k_head + page * k_page + offset * k_slot;
-            const E* v_row = v + g * v_head + page * v_page + offset * v_slot;
+            const Row* k_row = k + g * k_head + page * k_page + offset * k_slot;
+            const Row* v_row = v + g * v_head + page * v_page + offset * v_slot;
             for (; n < end; ++n, k_row += k_slot, v_row += v_slot) *key++ = k_row, *value++ = v_row;
         }
     }
@@ -45,6 +47,8 @@ struct PagedKeys {
 // Contiguous keys: those of a sequence are the rows of its queries.
 template <class E>
 struct ContiguousKeys {
+    using Stored = E;
+
     const E* k;
     int64_t k_row, k_head;
     const E* v;

@@ -8,6 +8,7 @@
 #include "attention_gemm_bf16.h"
 #include "attention_gemm_f32.h"
 #include "attention_keys.h"
+#include "attention_rows.h"
 #include "softmax_state.h"
 
 namespace sage {
@@ -57,14 +58,14 @@ inline KeyRange tile_range(const Keys& keys, const Hooks& hooks, const Attention
 
 // Up to 64 keys and values from a multiple of 64 on, so that all tiles and chunks of a prompt accumulate in the same
 // steps. Invisible keys and values point to rows of zeros.
-template <class E>
+template <class Stored>
 struct KeyStep {
     KeyRange range;
-    const E* key[KEYS];
-    const E* value[KEYS];
+    const Stored* key[KEYS];
+    const Stored* value[KEYS];
 
     template <class Keys>
-    void find(const Keys& keys, const AttentionTile& tile, KeyRange visible, int64_t first, const E* zeros) {
+    void find(const Keys& keys, const AttentionTile& tile, KeyRange visible, int64_t first, const Stored* zeros) {
         range = {first, maximum(first, minimum(first + KEYS, visible.stop))};
         const int64_t to = range.stop - first, from = minimum(to, maximum(visible.first - first, (int64_t)0));
         keys.find(tile.sequence, tile.key_head, first + from, first + to, key + from, value + from);
@@ -84,15 +85,19 @@ inline void prefetch_rows(const Element* const* row, int64_t width) {
 // Computes one tile over ranges of at most KEYS_PER_PART keys.
 template <class Gemms, class E, class Keys, class Hooks>
 class TileWorker {
+    using Stored = typename Keys::Stored;
+
   public:
     TileWorker(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTile& tile)
         : call_(call), keys_(keys), hooks_(hooks), tile_(tile), group_(call.group()), rows_(tile.positions * group_),
           width_(round_up(call.value_width, LANES)),
           modifies_scores_(hooks.modifies_scores || call.slopes || call.scale <= 0),
-          factor_(LOG2_E * (modifies_scores_ ? 1.0f : call.scale)), gemms_(rows_, call.key_width, call.value_width) {
+          factor_(LOG2_E * (modifies_scores_ ? 1.0f : call.scale)), gemms_(rows_, call.key_width, call.value_width),
+          opened_keys_(call.key_width, Scratch::OPENED_KEYS), opened_values_(call.value_width, Scratch::OPENED_VALUES) {
         blocks_ = scratch<RowBlock>(Scratch::ROW_BLOCKS, rows_ / BLOCK + 1);
-        zeros_ = scratch<E>(Scratch::ZERO_ROW, maximum(call.key_width, call.value_width));
-        memset((void*)zeros_, 0, maximum(call.key_width, call.value_width) * sizeof(E));
+        const int64_t longest = stored_width<Stored>(maximum(call.key_width, call.value_width));
+        zeros_ = scratch<Stored>(Scratch::ZERO_ROW, longest);
+        memset((void*)zeros_, 0, longest * sizeof(Stored));
         const E** row = scratch<const E*>(Scratch::QUERY_ROWS, rows_);
         for (int64_t r = 0; r < rows_; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
         gemms_.pack_queries(row);
@@ -103,7 +108,7 @@ class TileWorker {
     void attend_range(KeyRange range, SoftmaxState state, const AttentionTile& next_tile, KeyRange next_range) {
         state.reset(rows_, width_);
         if (range.first >= range.stop) return;
-        KeyStep<E> steps[2], *step = steps, *next = steps + 1;
+        KeyStep<Stored> steps[2], *step = steps, *next = steps + 1;
         int64_t first = step_of(range.first);
         step->find(keys_, tile_, range, first, zeros_);
         for (; first < range.stop; first += KEYS) {
@@ -111,10 +116,10 @@ class TileWorker {
             const KeyRange other = is_last ? next_range : range;
             next->find(keys_, is_last ? next_tile : tile_, other, is_last ? step_of(other.first) : first + KEYS,
                        zeros_);
-            prefetch_rows(next->key, call_.key_width);
-            gemms_.pack_keys(step->key);
-            prefetch_rows(next->value, call_.value_width);
-            gemms_.pack_values(step->value);
+            prefetch_rows(next->key, stored_width<Stored>(call_.key_width));
+            gemms_.pack_keys(opened_keys_.open(step->key));
+            prefetch_rows(next->value, stored_width<Stored>(call_.value_width));
+            gemms_.pack_values(opened_values_.open(step->value));
             attend_step(step->range, state);
             std::swap(step, next);
         }
@@ -143,6 +148,7 @@ class TileWorker {
     const bool modifies_scores_;
     const float factor_;  // converts a score to an exponent of two
     Gemms gemms_;
+    OpenedRows<E, Stored> opened_keys_, opened_values_;
 
     int64_t position(int64_t r) const { return keys_.position(tile_.sequence, tile_.position + r / group_); }
     int64_t row_of(int64_t r) const { return keys_.row(tile_.sequence, tile_.position + r / group_); }
@@ -156,7 +162,7 @@ class TileWorker {
         Floats rescale;
     };
     RowBlock* blocks_;
-    E* zeros_;
+    Stored* zeros_;
 
     // Adds the keys of a step to the state of all rows. The blocks form a pipeline: while vector units compute the
     // weights of one block, AMX multiplies the keys of the next block and the values of the previous one.
@@ -192,6 +198,7 @@ class TileWorker {
         RowBlock& block = blocks_[number];
         alignas(64) float shift[BLOCK], rescale[BLOCK];
         Floats top[BLOCK];
+        opened_keys_.scale(gemms_.scores_of(number), block.count);
         for (int64_t i = 0; i < BLOCK; ++i)
             top[i] = i >= block.count                      ? broadcast(-INFINITY)
                      : modifies_scores_ || !block.is_whole ? modify_scores(number, i, step)
@@ -246,7 +253,8 @@ class TileWorker {
             const Floats weight = exp2(fma(load(row, Block{v}), broadcast(factor_), broadcast(-shift)));
             const Floats next = exp2(fma(load(row, Block{v + LANES}), broadcast(factor_), broadcast(-shift)));
             sum += weight + next;
-            gemms_.store_weights(number, i, v, weight, next);
+            gemms_.store_weights(number, i, v, opened_values_.scaled(weight, v),
+                                 opened_values_.scaled(next, v + LANES));
         }
         return sum;
     }

@@ -15,8 +15,10 @@ from sageLLM.runtime.core.ir.nodes import AttrValue
 from sageLLM.runtime.core.ir.op_node import AttrSpec
 from sageLLM.runtime.core.ir.types import TensorType, TypePattern
 from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, kernel_function
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack
+from sageLLM.runtime.kernels.kv_codes import declared_shape, form_of
 
 TORCH_DTYPES = {"bool": torch.bool, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64, "f16": torch.float16,
                 "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}  # fmt: skip
@@ -84,10 +86,15 @@ class NativeCallable:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _is_supported(self, operands: tuple[Operand, ...]) -> bool:
-        patterns = zip(self.kernel.op.input_types.values(), operands, strict=False)
-        elements = {DTYPE_NAMES[x.dtype] for pattern, x in patterns if x is not None and pattern.is_variable}
+        inputs = list(zip(self.kernel.op.input_types.items(), operands, strict=False))
+        caches = [x for (name, _), x in inputs if isinstance(x, Tensor) and name in self.kernel.caches]
+        elements = {
+            DTYPE_NAMES[x.dtype] for (name, pattern), x in inputs
+            if x is not None and pattern.is_variable and not (isinstance(x, Tensor) and self._form(name, x))
+        }  # fmt: skip
         return (
             len(elements) <= 1
+            and len({form_of(x) for x in caches}) <= 1
             and elements <= set(ELEMENTS)
             and all(x is None or x.device.type == "cpu" for x in operands)
         )
@@ -95,7 +102,8 @@ class NativeCallable:
     def _prepared(self, operands: tuple[Operand, ...], attrs: Mapping[str, AttrValue]) -> Signature:
         op = self.kernel.op
         given = {name: x for name, x in zip(op.input_types, operands, strict=False) if x is not None}
-        known = op.resolve({name: TensorType(DTYPE_NAMES[x.dtype], tuple(x.shape)) for name, x in given.items()}, attrs)
+        forms = {name: form for name, x in given.items() if isinstance(x, Tensor) and (form := self._form(name, x))}
+        known = op.resolve(self._types(given, forms), attrs)
         copied = tuple(
             place for place, (name, x) in enumerate(zip(op.input_types, operands, strict=False))
             if x is not None and row_strides(op.input_types[name], tuple(x.shape), x.stride()) is None
@@ -111,11 +119,28 @@ class NativeCallable:
         element = self.kernel.element_in(known.env) or ELEMENTS[0]
         unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
         packed = [x for name in self.kernel.packed if isinstance(x := given.get(name), PackedWeight)]
-        form = packed[0].form if packed else None
-        function = kernel_function(self._library.address(op.op, element, unpacks=unpacks, form=form))
+        names = [*(one.form for one in packed), *(one.native for one in forms.values())]
+        function = kernel_function(
+            self._library.address(op.op, element, unpacks=unpacks, form=names[0] if names else None)
+        )
         return Signature(
             function, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(numbers))(*numbers), copied, outputs
         )
+
+    def _form(self, name: str, x: Tensor) -> KvForm | None:
+        """The form of a cache of codes."""
+        return form_of(x) if name in self.kernel.caches else None
+
+    def _types(self, given: Mapping[str, Tensor | PackedWeight], forms: Mapping[str, KvForm]) -> dict[str, TensorType]:
+        """The declared types: caches of codes have that of the other operands, or any if there are none."""
+        patterns = self.kernel.op.input_types
+        plain = (DTYPE_NAMES[x.dtype] for name, x in given.items() if name not in forms and patterns[name].is_variable)
+        element = next(plain, ELEMENTS[0])
+        return {
+            name: TensorType(element, tuple(declared_shape(x))) if name in forms and isinstance(x, Tensor)
+            else TensorType(DTYPE_NAMES[x.dtype], tuple(x.shape))
+            for name, x in given.items()
+        }  # fmt: skip
 
     def _outputs(
         self, types: tuple[TensorType, ...], copied: tuple[int, ...]

@@ -1,11 +1,16 @@
 // The C signature of kernels.
 #pragma once
 
-#include "loops.h"
+#include "kv_forms.h"
 
 // The stored form of GEMM weights: the element type, or codes (coded.h) if the file is compiled for them.
 #if !defined(SAGE_WEIGHT)
 #define SAGE_WEIGHT SAGE_ELEMENT
+#endif
+
+// The stored form of KV caches: the element type, or codes (kv_forms.h) if the file is compiled for them.
+#if !defined(SAGE_KV)
+#define SAGE_KV SAGE_ELEMENT
 #endif
 
 // All kernels have this signature; the symbol is `sage_` and the op's name.

@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.core.model.kv_form import KV_FORMS
 from sageLLM.runtime.kernels.cpu.build import build, is_built, load, symbol
 from sageLLM.runtime.kernels.cpu.communicator import load_communicator
 from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler
@@ -54,7 +55,7 @@ class Library:
         """The address of the op's function, for calls from native code; built and loaded first. Raises CompileError.
 
         With `unpacks` it is the function that reads the op's table packed. With a `form` the packed weight consists of
-        codes of that form (`coded.h`).
+        codes of that form (`coded.h`), or the KV caches do (`kv_forms.h`); no op reads both.
         """
         kernel = self.kernels[op]
         name = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
@@ -106,7 +107,10 @@ class Library:
         return build(self._folder / source, element, self._compiler, self._flags_of(form), stop)
 
     def _flags_of(self, form: str | None) -> tuple[str, ...]:
-        return self._flags if form is None else (*self._flags, f"-DSAGE_WEIGHT={form}_codes")
+        if form is None:
+            return self._flags
+        is_cache = form in (one.native for one in KV_FORMS.values())
+        return (*self._flags, f"-DSAGE_KV={form}" if is_cache else f"-DSAGE_WEIGHT={form}_codes")
 
     def _file(self, source: str, element: str, form: str | None) -> ctypes.CDLL:
         key = source, element, form

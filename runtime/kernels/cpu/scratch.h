@@ -19,6 +19,8 @@ enum class Scratch {
     QUERY_ROWS,           // pointers to the query rows of a tile
     ROW_BLOCKS,           // blocks of rows of a tile
     ZERO_ROW,             // a row of zeros, for invisible keys
+    OPENED_KEYS,          // codes of the keys of a step as elements
+    OPENED_VALUES,        // the same of its values
     ATTENTION_FLOATS,     // operands and scores of attention's GEMMs
     ATTENTION_PAIRS,      // their operands in bf16
     ROUTE_STARTS,         // the first row of each expert
@@ -32,7 +34,8 @@ enum class Scratch {
     TOP_CANDIDATES,       // of up to 4 selections of a row
     TOP_VALUES = TOP_CANDIDATES + 4,
     TOP_INDICES = TOP_VALUES + 4,
-    COUNT = TOP_INDICES + 4
+    KV_ROWS = TOP_INDICES + 4,  // up to 2 rows of a cache before they are encoded
+    COUNT = KV_ROWS + 2
 };
 
 inline void* scratch_bytes(Scratch slot, size_t size) {

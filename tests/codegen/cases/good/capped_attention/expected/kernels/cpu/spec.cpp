@@ -7,6 +7,7 @@
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using Cache = SAGE_KV;
 
 // capped_attention/spec.yaml: capped_attention
 // Attention.
@@ -22,11 +23,11 @@ SAGE_KERNEL(capped_attention) {
     const E* q = (const E*)tensors[0];
     const int64_t q_B = sizes[8];
     const int64_t q_Nq = sizes[9];
-    const E* k_cache = (const E*)tensors[1];
+    const Cache* k_cache = (const Cache*)tensors[1];
     const int64_t k_cache_PG = sizes[10];
     const int64_t k_cache_BS = sizes[11];
     const int64_t k_cache_Nkv = sizes[12];
-    const E* v_cache = (const E*)tensors[2];
+    const Cache* v_cache = (const Cache*)tensors[2];
     const int64_t v_cache_PG = sizes[13];
     const int64_t v_cache_BS = sizes[14];
     const int64_t v_cache_Nkv = sizes[15];
@@ -57,7 +58,7 @@ SAGE_KERNEL(capped_attention) {
     };
     const bool modifies_scores = true, is_range = true;  // is_range: the mask is equivalent to the range
     const AttentionHooks hooks = {score_mod, mask_mod, range, modifies_scores, is_range};
-    const PagedKeys<E> keys = {
+    const PagedKeys<Cache> keys = {
         k_cache,     k_cache_PG,  k_cache_BS,    k_cache_Nkv, v_cache,  v_cache_PG, v_cache_BS,
         v_cache_Nkv, block_table, block_table_B, BS,          seq_lens, nullptr,
     };

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sageLLM.generated.kernels.reference.kv_forms import kv_values, kv_width
 from sageLLM.generated.kernels.reference.precision import wide
 
 __all__ = [
@@ -33,17 +34,18 @@ def capped_attention(
     The query heads of one key head form a group G, which is a dim of the matrix products, so that no key is repeated.
     """
     B, Nq, D = q.shape
-    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], kv_width(v_cache)
     L = int(seq_lens.max()) if B else 0
     if L == 0:
         return q.new_zeros(B, Nq, Dv)
     f32 = wide(q)
     blocks = block_table[:, : -(-L // BS)].clamp(min=0).flatten()
-    k = k_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
-    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, Dv)[:, :L]
+    k = k_cache.index_select(0, blocks).reshape(B, -1, *k_cache.shape[2:])[:, :L]
+    v = v_cache.index_select(0, blocks).reshape(B, -1, *v_cache.shape[2:])[:, :L]
     for b, length in enumerate(seq_lens.tolist()):
         k[b, length:] = v[b, length:] = 0  # unused slots may contain NaN, which a mask does not remove: 0 * NaN is NaN
-    rows, k, v = q.reshape(B, Nkv, Nq // Nkv, D).to(f32), k.to(f32).transpose(1, 2), v.to(f32).transpose(1, 2)
+    rows = q.reshape(B, Nkv, Nq // Nkv, D).to(f32)
+    k, v = kv_values(k, f32).transpose(1, 2), kv_values(v, f32).transpose(1, 2)
     n = torch.arange(L, device=q.device)
     m = seq_lens.view(B, 1, 1, 1) - 1
     mask = (n <= m) & ((n <= m) & (n > m - window if window is not None else True))
