@@ -31,9 +31,11 @@ FUNCTIONS = (
         "current_target",
         "driver",
         "find_item",
+        "gated_product",
         "head_blocks",
         "is_latent",
         "load_columns",
+        "product",
     }
     | {"load_rows", "score_keys", "score_latent", "split_length", "why_reference"}
     | {"online_softmax", "os", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}

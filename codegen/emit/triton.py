@@ -8,7 +8,7 @@ from sageLLM.codegen.contents import Contents, refs
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.reference import parameters, parsed, result_type
-from sageLLM.codegen.emit.triton_epilogue import EpilogueView, epilogue_view
+from sageLLM.codegen.emit.triton_epilogue import EpilogueView, epilogue_view, template_of
 from sageLLM.codegen.emit.triton_gemm import gemm_view
 from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_mask import MaskText
@@ -71,7 +71,9 @@ def emit_triton_support(specs: Specs, renderer: Renderer) -> list[Output]:
     """The helpers that kernels import; an overlay uses the package's."""
     if specs.is_overlay:
         return []
-    texts = {name: renderer.render(f"triton_{name}.py.jinja") for name in ("device", "heads", "routing", "tiles")}
+    texts = {
+        name: renderer.render(f"triton_{name}.py.jinja") for name in ("device", "heads", "products", "routing", "tiles")
+    }
     found = [Output(f"{FOLDER}/{name}.py", header("specs/ops", name) + text) for name, text in texts.items()]
     targets = specs.raw.targets
     text = renderer.render("triton_targets.py.jinja", targets=targets)
@@ -126,7 +128,7 @@ def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel |
 
 
 def _epilogue_text(op: OpDef, view: EpilogueView, programs: Programs, renderer: Renderer) -> str:
-    constants = programs.ops[op.fuses[0].op].triton
+    constants = template_of(op, programs)
     assert constants is not None, "the GEMM of an epilogue has a template"
     text = {"parameters": parameters(op), "result": result_type(op), **dict(constants.params)}
     return renderer.render("triton_epilogue.py.jinja", op=op, view=view, **text)

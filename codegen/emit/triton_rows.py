@@ -79,11 +79,14 @@ def size_text(size: Size) -> str:
 class RowKernel:
     """The lines of the kernel for one nest; if it has reductions, `whole` makes a row one tile and not many blocks."""
 
+    rows_block = "ROWS"  # the number of rows that a program has at once
+    reserved: tuple[str, ...] = ()  # variables of the template, which values of the spec must not be named like
+
     def __init__(self, op: OpDef, nest: Nest, own: OwnNames, *, whole: bool, program: str = "tl.program_id(0)") -> None:
         self.op, self.nest, self.own, self.whole, self.program = op, nest, own, whole, program
         self.lines: list[str] = []
         self._operands = {operand.name: operand for operand in (*self.op.inputs, *self.op.outputs)}
-        self._values = {operand.name: own(f"{operand.name}_value") for operand in self.op.outputs}
+        self._values = {name: own(f"{name}_value") for name in (*(o.name for o in op.outputs), *self.reserved)}
         self._text = TritonText(self._leaf)
         self._done: set[tuple[str, str]] = set()  # loop and name of the values that are in registers already
         self._row_names = {loop.variable for loop in self.nest.rows}
@@ -153,45 +156,45 @@ class RowKernel:
                 self._sweep(step)
 
     def _sweep(self, sweep: Sweep) -> None:
-        loop, block = sweep.loop, block_name(sweep.loop)
-        extent = size_text(loop.extent)
-        columns = [
-            f"{loop.variable} = {{}}tl.arange(0, {block})[None, :]",
-            f"{inside_name(loop)} = {loop.variable} < {extent}",
-        ]
+        loop = sweep.loop
         if not self.has_reductions:
-            self._put(columns[0].format(f"tl.program_id(1) * {block} + "), columns[1])
+            self._put(*_block(loop, f"tl.program_id(1) * {block_name(loop)}"))
         elif self.whole:
             self._columns(loop)
         else:
-            self._looped(sweep, columns)
+            self._looped(sweep)
             return
         for step in sweep.steps:
             self._in_sweep(step, loop)
 
-    def _looped(self, sweep: Sweep, columns: list[str]) -> None:
+    def _looped(self, sweep: Sweep) -> None:
         """The sweep block after block; its reductions are tiles until all blocks are done."""
-        loop, outer = sweep.loop, self.lines
+        loop = sweep.loop
         reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
         stored = {location.operand for location in _stored_before(self.nest, sweep)}
         if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
             self._put("tl.debug_barrier()  # the next loads read what other threads of the program stored")
         for running in (step for step in sweep.steps if isinstance(step, Running)):
             dtype = _accumulated(running.value)
-            self._put(f"{self._carry(running)} = tl.full([ROWS, 1], {_empty(running)}, {dtype})")
+            self._put(f"{self._carry(running)} = tl.full([{self.rows_block}, 1], {_empty(running)}, {dtype})")
         for one in reductions:
             empty, dtype = _empty(one), _accumulated(one.value)
-            self._put(f"{self._acc(one)} = tl.full([ROWS, {block_name(loop)}], {empty}, {dtype})")
-        self.lines, self._done = [], set()
+            self._put(f"{self._acc(one)} = tl.full([{self.rows_block}, {block_name(loop)}], {empty}, {dtype})")
         start = self.own("start")
-        self._put(columns[0].format(f"{start} + "), columns[1])
-        for step in sweep.steps:
-            self._in_sweep(step, loop)
-        body, self.lines = self.lines, outer
+        body = self._body(sweep, start)
         header = f"for {start} in range(0, {size_text(loop.extent)}, {block_name(loop)}):"
         self._put(header, *(f"    {line}" for line in body))
         for one in reductions:
             self._put(f"{self._name(one.name)} = {self._total(one, self._acc(one), loop)}")
+
+    def _body(self, sweep: Sweep, start: str) -> list[str]:
+        """The lines for one block of columns, of which `start` is the first."""
+        outer, self.lines, self._done = self.lines, [], set()
+        self._put(*_block(sweep.loop, start))
+        for step in sweep.steps:
+            self._in_sweep(step, sweep.loop)
+        body, self.lines = self.lines, outer
+        return body
 
     def _in_sweep(self, step: InSweep, loop: Loop) -> None:
         match step:
@@ -281,10 +284,10 @@ class RowKernel:
             self._early[load] = name
 
     def _fold(self, fold: Fold, loop: Loop) -> None:
-        extent = size_text(fold.loop.extent)
+        extent, shape = size_text(fold.loop.extent), f"[{self.rows_block}, {block_name(loop)}]"
         name = self._name(fold.name)
         joined = _join(fold).format(name, tidy(self._text(fold.value)))
-        self._put(f"{name} = tl.full([ROWS, {block_name(loop)}], {_empty(fold)}, {_accumulated(fold.value)})")
+        self._put(f"{name} = tl.full({shape}, {_empty(fold)}, {_accumulated(fold.value)})")
         self._put(f"for {fold.loop.variable} in range({extent}):", f"    {joined}")
         if fold.op == "mean":
             self._put(f"{name} = {name} / {_bracketed(extent)}")
@@ -303,10 +306,13 @@ class RowKernel:
         return f"{total} / {_bracketed(size_text(loop.extent))}" if reduction.op == "mean" else total
 
     def _store(self, store: Store) -> None:
-        address, mask = self._address(store.location), self._mask(store.location)
+        address, mask = self._address(store.location), self._store_mask(store.location)
         if not mask:  # a single element, of the only row
             address, mask = f"{address} + {self.own('row')}", self.own("is_row")
         self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={mask})")
+
+    def _store_mask(self, location: Location) -> str:
+        return self._mask(location)
 
     def _put(self, *lines: str) -> None:
         self.lines += lines
@@ -342,6 +348,12 @@ class RowKernel:
         parts = [self.own("is_row")] if used & self._row_names else []
         parts += [inside_name(loop) for loop in self.loops if loop.variable in used]
         return " & ".join(parts)
+
+
+def _block(loop: Loop, start: str) -> tuple[str, str]:
+    """The columns of one block, and which of them exist."""
+    columns = f"{loop.variable} = {start} + tl.arange(0, {block_name(loop)})[None, :]"
+    return columns, f"{inside_name(loop)} = {loop.variable} < {size_text(loop.extent)}"
 
 
 def _accumulated(value: Expr) -> str:

@@ -9,10 +9,13 @@ from sageLLM.codegen.model.op import OpDef
 
 
 class Definitions:
-    """Names of an op and their meanings; `read` are the names that some value uses."""
+    """Names of an op and their meanings; `read` are the names that some value uses.
 
-    def __init__(self, op: OpDef, program: Program) -> None:
-        self.op, self.program = op, program
+    With `reloads` a sweep may load what an earlier one has stored.
+    """
+
+    def __init__(self, op: OpDef, program: Program, *, reloads: bool = True) -> None:
+        self.op, self.program, self.reloads = op, program, reloads
         self.inputs = {o.name: o.type for o in op.inputs}
         self.outputs = {o.name: o.type for o in op.outputs}
         self.views = {view.name: view for view in program.views}

@@ -14,16 +14,21 @@ from sageLLM.codegen.kernel.scatter import Scatter
 from sageLLM.codegen.model.op import OpDef
 
 
-def row_program(op: OpDef, programs: Programs) -> RowProgram:
-    """The op as loops. Raises LoweringError with the reason for an op that cannot be lowered."""
+def row_program(op: OpDef, programs: Programs, *, reloads: bool = True) -> RowProgram:
+    """The op as loops. Raises LoweringError with the reason for an op that cannot be lowered.
+
+    Without `reloads` a sweep computes again what an earlier one has stored: several programs may compute a row, and
+    none reads what another one stores.
+    """
+    is_cached = reloads and not programs.is_variant(op)
     known = programs.row_programs.get(op.name)
-    if known is not None and not programs.is_variant(op):
+    if known is not None and is_cached:
         return known
     program = programs.of(op)
     if program is None:
         raise LoweringError("it is defined by a reference, not by equations")
-    rows = _Lowering(op, program).lower()
-    if not programs.is_variant(op):
+    rows = _Lowering(op, program, reloads=reloads).lower()
+    if is_cached:
         programs.row_programs[op.name] = rows
     return rows
 

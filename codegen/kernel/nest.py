@@ -248,7 +248,7 @@ class NestBuilder(LoopVariables):
 
     def reload(self, name: str, sweep: SweepBuilder | None) -> Location | None:
         """The location of an output that an earlier sweep stored, otherwise None."""
-        if name not in self._stored:
+        if name not in self._stored or not self.lowering.reloads:
             return None
         at, location = self._stored[name]
         return None if self._steps[at] is sweep else location

@@ -24,10 +24,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Prologue:
-    """The loop over rows before the product. `in_scratch`: its result is no output, and needs scratch memory."""
+    """The loop over rows before the product. `in_scratch`: its result is no output, and needs scratch memory.
+
+    `op` has the equations of the loop and nothing else.
+    """
 
     nest: Nest
     in_scratch: bool
+    op: OpDef
+
+    def recomputed(self, programs: Programs) -> Nest:
+        """The loop for targets where several programs compute a row: no sweep loads what another one stores."""
+        return row_program(self.op, programs, reloads=False).nests[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ def split_at(dot: Dot, op: OpDef, program: Program, programs: Programs) -> Split
     stored = (*outputs, *([x] if in_scratch else []))
     before = replace(op, outputs=stored, program=Program(program.views, first), fuses=())
     before = replace(before, inplace={name: of for name, of in op.inplace.items() if name in is_first})
-    return Split(x, Prologue(_loop(before, x, programs), in_scratch), rest)
+    return Split(x, Prologue(_loop(before, x, programs), in_scratch, before), rest)
 
 
 def _depending_on(dot: Dot, program: Program) -> set[str]:

@@ -92,6 +92,8 @@ def _can_take(first: Located, late: Located) -> bool:
     """Whether only its pattern limits where the first rule fires in the graphs of the other one."""
     (pass_, rule), (other, _) = first, late
     is_free = not rule.where and rule.bounded is None
+    if pass_.spec.kernels and not (other.spec.kernels and {*other.spec.kernels} <= {*pass_.spec.kernels}):
+        return False
     return is_free and pass_.spec.level == other.spec.level and {*other.spec.phases} <= {*pass_.spec.phases}
 
 

@@ -77,6 +77,9 @@ class PassSpec(Strict):
     phases: list[PhaseName] = Field(
         default=["prefill", "decode", "hybrid"], min_length=1, description="phases of the graphs that it works on"
     )
+    kernels: list[Literal["reference", "cpu", "triton"]] = Field(
+        default=[], description="run only for graphs that these kernels compute; by default for all graphs"
+    )
     rules: list[RuleSpec] = Field(default=[], description="rewrite: patterns and replacements")
     expect: dict[str, ModelNames] = Field(
         default={},

@@ -169,6 +169,14 @@ from .qk import (
     qk_rope_interleaved_kv_store,
     qk_rope_kv_store,
 )
+from .row_prologues import (
+    AddRmsNormLinear,
+    AddRmsNormLinearSiluMul,
+    RmsNormLinear,
+    add_rms_norm_linear,
+    add_rms_norm_linear_silu_mul,
+    rms_norm_linear,
+)
 from .sampling import Sample, SampleShard, sample, sample_shard
 from .varlen_attention import VarlenAttention, varlen_attention
 from .views import (
@@ -197,6 +205,8 @@ __all__ = [
     "OPS",
     "Add",
     "AddBias",
+    "AddRmsNormLinear",
+    "AddRmsNormLinearSiluMul",
     "AllGather",
     "AllReduce",
     "AllreduceAddRmsNorm",
@@ -264,6 +274,7 @@ __all__ = [
     "ReluSquaredMul",
     "RmsNorm",
     "RmsNorm1p",
+    "RmsNormLinear",
     "RmsNormWide",
     "Rope",
     "RopeInterleaved",
@@ -294,6 +305,8 @@ __all__ = [
     "Xielu",
     "add",
     "add_bias",
+    "add_rms_norm_linear",
+    "add_rms_norm_linear_silu_mul",
     "all_gather",
     "all_reduce",
     "allreduce_add_rms_norm",
@@ -360,6 +373,7 @@ __all__ = [
     "relu_squared_mul",
     "rms_norm",
     "rms_norm_1p",
+    "rms_norm_linear",
     "rms_norm_wide",
     "rope",
     "rope_interleaved",
@@ -474,6 +488,9 @@ OPS: dict[str, type[OpNode]] = {
     "qk_rope_interleaved_kv_store": QkRopeInterleavedKvStore,
     "qk_norm_rope_kv_store": QkNormRopeKvStore,
     "qk_norm_1p_rope_kv_store": QkNorm1pRopeKvStore,
+    "rms_norm_linear": RmsNormLinear,
+    "add_rms_norm_linear": AddRmsNormLinear,
+    "add_rms_norm_linear_silu_mul": AddRmsNormLinearSiluMul,
     "sample": Sample,
     "sample_shard": SampleShard,
     "varlen_attention": VarlenAttention,

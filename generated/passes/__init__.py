@@ -5,7 +5,7 @@
 from sageLLM.runtime.core.passes.base import OptimizationPass
 
 from .comm import CommFusion
-from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
+from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseRowPrologue, FuseSampling
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
 from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap, OverlapTransfers, WeightPrefetch
@@ -22,6 +22,7 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "fuse_qk": FuseQk,
     "fuse_epilogue": FuseEpilogue,
     "fuse_sampling": FuseSampling,
+    "fuse_row_prologue": FuseRowPrologue,
     "compute_comm_overlap": ComputeCommOverlap,
     "overlap_transfers": OverlapTransfers,
     "nano_overlap": NanoOverlap,

@@ -48,10 +48,11 @@ from ..ops.norm import (
 )
 from ..ops.position import Rope, RopeInterleaved
 from ..ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ..ops.row_prologues import AddRmsNormLinear, AddRmsNormLinearSiluMul, RmsNormLinear
 from ..ops.sampling import Sample
 from ..ops.views import SplitQkv
 
-__all__ = ["FuseCollective", "FuseEpilogue", "FuseNorm", "FuseQk", "FuseSampling"]
+__all__ = ["FuseCollective", "FuseEpilogue", "FuseNorm", "FuseQk", "FuseRowPrologue", "FuseSampling"]
 
 
 # specs/passes/fusion.yaml: fuse_collective
@@ -986,3 +987,113 @@ class FuseSampling(RewritePass):
         Rule("lm_head_soft_cap_sample", Sample, lm_head_soft_cap_sample, 2, 1),
     )
     expect = {"bert": lambda c: 0, "modernbert": lambda c: 0, "roberta": lambda c: 0, "*": lambda c: 1}
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+def add_rms_norm_linear_silu_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """normed, h = fused_add_rms_norm(x, residual, norm_w, eps=eps); y = linear_silu_mul(normed, w,
+        bias)
+    -> y, h = add_rms_norm_linear_silu_mul(x, residual, w, norm_w, bias, eps=eps)
+    """
+    if not isinstance(node, LinearSiluMul):
+        return None
+    fused_add_rms_norm = graph.producer(node.x)
+    if not isinstance(fused_add_rms_norm, FusedAddRmsNorm):
+        return NearMiss(
+            1, "linear_silu_mul.x comes from " + describe_producer(fused_add_rms_norm) + ", expected fused_add_rms_norm"
+        )
+    if fused_add_rms_norm.y.name != node.x.name:
+        return NearMiss(2, "expected linear_silu_mul.x to be fused_add_rms_norm.y")
+    replacement = NewCall(
+        AddRmsNormLinearSiluMul,
+        {
+            "x": fused_add_rms_norm.x,
+            "residual": fused_add_rms_norm.residual,
+            "w": node.w,
+            "norm_w": fused_add_rms_norm.w,
+            "bias": node.bias,
+        },
+        {"eps": fused_add_rms_norm.eps},
+        (node.y, fused_add_rms_norm.h),
+    )
+    return Rewrite(
+        (fused_add_rms_norm, node),
+        (replacement,),
+        kept=(node.y, fused_add_rms_norm.h),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+def add_rms_norm_linear(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """normed, h = fused_add_rms_norm(x, residual, norm_w, eps=eps); y = linear(normed, w, bias)
+    -> y, h = add_rms_norm_linear(x, residual, w, norm_w, bias, eps=eps)
+    """
+    if not isinstance(node, Linear):
+        return None
+    fused_add_rms_norm = graph.producer(node.x)
+    if not isinstance(fused_add_rms_norm, FusedAddRmsNorm):
+        return NearMiss(
+            1, "linear.x comes from " + describe_producer(fused_add_rms_norm) + ", expected fused_add_rms_norm"
+        )
+    if fused_add_rms_norm.y.name != node.x.name:
+        return NearMiss(2, "expected linear.x to be fused_add_rms_norm.y")
+    replacement = NewCall(
+        AddRmsNormLinear,
+        {
+            "x": fused_add_rms_norm.x,
+            "residual": fused_add_rms_norm.residual,
+            "w": node.w,
+            "norm_w": fused_add_rms_norm.w,
+            "bias": node.bias,
+        },
+        {"eps": fused_add_rms_norm.eps},
+        (node.y, fused_add_rms_norm.h),
+    )
+    return Rewrite(
+        (fused_add_rms_norm, node),
+        (replacement,),
+        kept=(node.y, fused_add_rms_norm.h),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+def rms_norm_linear(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """normed = rms_norm(x, norm_w, eps=eps); y = linear(normed, w, bias)
+    -> y = rms_norm_linear(x, w, norm_w, bias, eps=eps)
+    """
+    if not isinstance(node, Linear):
+        return None
+    rms_norm = graph.producer(node.x)
+    if not isinstance(rms_norm, RmsNorm):
+        return NearMiss(1, "linear.x comes from " + describe_producer(rms_norm) + ", expected rms_norm")
+    replacement = NewCall(
+        RmsNormLinear,
+        {"x": rms_norm.x, "w": node.w, "norm_w": rms_norm.w, "bias": node.bias},
+        {"eps": rms_norm.eps},
+        (node.y,),
+    )
+    return Rewrite(
+        (rms_norm, node),
+        (replacement,),
+        kept=(node.y,),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+class FuseRowPrologue(RewritePass):
+    """Computes a norm in the projection after it, in every program again: for few rows on a GPU this
+    is cheaper than a launch."""
+
+    pass_name = "fuse_row_prologue"
+    spec = "specs/passes/fusion.yaml: fuse_row_prologue"
+    stage = "fuse"
+    level = "kernel"
+    phases = frozenset({"decode", "hybrid", "prefill"})
+    after = ("fuse_epilogue",)
+    kernels = ("triton",)
+    rules = (
+        Rule("add_rms_norm_linear_silu_mul", LinearSiluMul, add_rms_norm_linear_silu_mul, 2, 20),
+        Rule("add_rms_norm_linear", Linear, add_rms_norm_linear, 2, 10),
+        Rule("rms_norm_linear", Linear, rms_norm_linear, 2, 5),
+    )
+    expect = {}

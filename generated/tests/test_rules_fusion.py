@@ -38,9 +38,10 @@ from ..ops.norm import (
 )
 from ..ops.position import Rope, RopeInterleaved
 from ..ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ..ops.row_prologues import AddRmsNormLinear, AddRmsNormLinearSiluMul, RmsNormLinear
 from ..ops.sampling import Sample
 from ..ops.views import SplitQkv
-from ..passes.fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
+from ..passes.fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseRowPrologue, FuseSampling
 from .rule_checks import Call, check_rule
 
 
@@ -1074,5 +1075,154 @@ def test_lm_head_soft_cap_sample() -> None:
             "temperature",
             "top_k",
             "top_p",
+        ),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+def test_add_rms_norm_linear_silu_mul() -> None:
+    pattern = (
+        Call(
+            FusedAddRmsNorm,
+            {
+                "x": "x",
+                "residual": "residual",
+                "w": "norm_w",
+            },
+            (
+                "normed",
+                "h",
+            ),
+            {
+                "eps": 0.25,
+            },
+            {},
+        ),
+        Call(
+            LinearSiluMul,
+            {
+                "x": "normed",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("y",),
+            {},
+            {},
+        ),
+    )
+    keep = (
+        "y",
+        "h",
+    )
+    cases: list[dict[str, Any]] = [{"T": 1, "K": 8, "I": 1}, {"T": 17, "K": 65, "I": 33}]
+    kernels = KERNELS
+    check_rule(
+        FuseRowPrologue,
+        "add_rms_norm_linear_silu_mul",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        fused=AddRmsNormLinearSiluMul,
+        optional=(
+            "bias",
+            "norm_w",
+        ),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+def test_add_rms_norm_linear() -> None:
+    pattern = (
+        Call(
+            FusedAddRmsNorm,
+            {
+                "x": "x",
+                "residual": "residual",
+                "w": "norm_w",
+            },
+            (
+                "normed",
+                "h",
+            ),
+            {
+                "eps": 0.25,
+            },
+            {},
+        ),
+        Call(
+            Linear,
+            {
+                "x": "normed",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("y",),
+            {},
+            {},
+        ),
+    )
+    keep = (
+        "y",
+        "h",
+    )
+    cases: list[dict[str, Any]] = [{"T": 1, "K": 8, "N": 1}, {"T": 17, "K": 65, "N": 33}]
+    kernels = KERNELS
+    check_rule(
+        FuseRowPrologue,
+        "add_rms_norm_linear",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        fused=AddRmsNormLinear,
+        optional=(
+            "bias",
+            "norm_w",
+        ),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_row_prologue
+def test_rms_norm_linear() -> None:
+    pattern = (
+        Call(
+            RmsNorm,
+            {
+                "x": "x",
+                "w": "norm_w",
+            },
+            ("normed",),
+            {
+                "eps": 0.25,
+            },
+            {},
+        ),
+        Call(
+            Linear,
+            {
+                "x": "normed",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("y",),
+            {},
+            {},
+        ),
+    )
+    keep = ("y",)
+    cases: list[dict[str, Any]] = [{"R": 1, "K": 8, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
+    kernels = KERNELS
+    check_rule(
+        FuseRowPrologue,
+        "rms_norm_linear",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        fused=RmsNormLinear,
+        optional=(
+            "bias",
+            "norm_w",
         ),
     )

@@ -23,13 +23,15 @@ class Choice(TypedDict, total=False):
 
     `disable` lists passes and rules to skip, "all" for every one; `only`, if set, lists the enabled ones. `kernels`
     lists the ops with a kernel on the device: fusing into other ops would gain nothing. `limit` is the maximum number
-    of rewrites.
+    of rewrites. `backend` names the kernels that compute the graphs, such as "triton": a pass for others is skipped,
+    unless `only` lists it.
     """
 
     disable: Collection[str]
     only: Collection[str] | None
     kernels: Container[str] | None
     limit: int | None
+    backend: str
 
 
 class Rewriting:
@@ -48,8 +50,13 @@ class Rewriting:
         self.passes = [
             one
             for name, one in registry.passes.items()
-            if not {name, ALL} & set(disable) and (only is None or {name, *rules[name]} & set(only))
+            if not {name, ALL} & set(disable)
+            and ({name, *rules[name]} & set(only) if only is not None else self._is_for(one, choice.get("backend")))
         ]
+
+    @staticmethod
+    def _is_for(one: type[OptimizationPass], backend: str | None) -> bool:
+        return not one.kernels or backend in one.kernels
 
     def rewrite_passes(self, level: Level) -> list[RewritePass]:
         """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""

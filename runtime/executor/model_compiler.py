@@ -61,8 +61,9 @@ class ModelCompiler(ModelGraphs):
         side: Side | None = None,
         **choice: Unpack[Choice],
     ) -> None:
-        super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, side=side, **choice)
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
+        choice = {"backend": self.planner.name, **choice}
+        super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, side=side, **choice)
         self.weight_stream: WeightStream | None = None
         self._schedule, self.samples_locally = schedule, samples_locally
 

@@ -24,6 +24,8 @@ from sageLLM.runtime.core.ir.text import parse_text, to_text
 from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.rewrite import RewriteOptions, RewritePass
 from sageLLM.runtime.core.rewrite.rules import NearMiss, NewCall, Rewrite, Rule
+from sageLLM.runtime.execution_graph.rewriting import Rewriting
+from sageLLM.runtime.registry.plugins import load_registry
 
 CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/*/before.txt"))
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
@@ -274,3 +276,13 @@ def test_a_bounded_rule_fires_so_often_and_no_more() -> None:
     verify(one.apply(parse(CHAIN)))
     assert one.report.fired == 2
     assert one.report.rules["turn"].reasons == {"it fires at most 2 times": 4}
+
+
+def test_a_pass_for_some_kernels_runs_for_these_and_if_it_is_named() -> None:
+    """`fuse_row_prologue` has `kernels: [triton]`: elsewhere a norm that is computed again would cost more."""
+    registry = load_registry()
+    found = [Rewriting(registry, **choice) for choice in ({}, {"backend": "cpu"}, {"backend": "triton"})]
+    found.append(Rewriting(registry, only=["rms_norm_linear"]))
+    names = [{one.name for one in each.rewrite_passes("kernel")} for each in found]
+    assert ["fuse_row_prologue" in each for each in names] == [False, False, True, True]
+    assert names[1] | {"fuse_row_prologue"} == names[2]

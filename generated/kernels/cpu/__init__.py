@@ -71,6 +71,7 @@ from ...ops.norm import (
 from ...ops.pooling import L2Norm, PoolFirst, PoolLast, PoolMean
 from ...ops.position import Rope, RopeInterleaved, ScaleByPosition
 from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ...ops.row_prologues import AddRmsNormLinear, AddRmsNormLinearSiluMul, RmsNormLinear
 from ...ops.sampling import Sample, SampleShard
 from ...ops.varlen_attention import VarlenAttention
 from ...ops.views import (
@@ -215,6 +216,11 @@ def _kernels() -> dict[str, NativeKernel]:
             ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"),
             updates=True,
             caches=("k_cache", "v_cache"),
+        ),
+        "rms_norm_linear": NativeKernel(RmsNormLinear, "row_prologues.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "add_rms_norm_linear": NativeKernel(AddRmsNormLinear, "row_prologues.cpp", ("T", "K", "N"), packed={"w": 1}),
+        "add_rms_norm_linear_silu_mul": NativeKernel(
+            AddRmsNormLinearSiluMul, "row_prologues.cpp", ("T", "K", "I"), packed={"w": 2}
         ),
         "sample": NativeKernel(Sample, "sampling.cpp", ("S", "V")),
         "sample_shard": NativeKernel(SampleShard, "sampling.cpp", ("S", "V")),

@@ -11,6 +11,7 @@ from ..reference.experts import expert_down as reference_expert_down
 from ..reference.experts import expert_linear as reference_expert_linear
 from ..reference.experts import router_logits as reference_router_logits
 from . import device
+from .products import product
 from .routing import Routing
 from .targets import choose
 from .tiles import dense, split_tile
@@ -53,12 +54,7 @@ def _router_logits_kernel(
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc
     tl.store(logits + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
 
@@ -273,11 +269,9 @@ def _expert_linear_kernel(
     if expert < X:  # the row of another expert is zero
         x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
         w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + k[:, None]
-        for start in range(0, K, BLOCK_K):
-            is_k = (k < K - start) | (K % BLOCK_K == 0)
-            rows = tl.load(x_ptrs + start, mask=is_row[:, None] & is_k[None, :], other=0.0)
-            weights = tl.load(w_ptrs + start, mask=is_column[None, :] & is_k[:, None], other=0.0)
-            acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        acc = product(
+            x_ptrs, w_ptrs, is_row[:, None], is_column[None, :], K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         if bias is not None:
             acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
     tl.store(y + pair[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
@@ -369,11 +363,9 @@ def _expert_down_kernel(
     if expert < X:  # the row of another expert is zero
         x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
         w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + k[:, None]
-        for start in range(0, K, BLOCK_K):
-            is_k = (k < K - start) | (K % BLOCK_K == 0)
-            rows = tl.load(x_ptrs + start, mask=is_row[:, None] & is_k[None, :], other=0.0)
-            weights = tl.load(w_ptrs + start, mask=is_column[None, :] & is_k[:, None], other=0.0)
-            acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        acc = product(
+            x_ptrs, w_ptrs, is_row[:, None], is_column[None, :], K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         if bias is not None:
             acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
     tl.store(y + pair[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])

@@ -15,6 +15,7 @@ from ..reference.sampling import sample as reference_sample
 from . import device
 from .activation import gelu, gelu_mul, gelu_tanh, gelu_tanh_mul, silu_mul
 from .elementwise import add, scale, soft_cap
+from .products import gated_product, product
 from .targets import choose
 from .tiles import dense
 
@@ -61,12 +62,7 @@ def _linear_kernel(
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
@@ -134,12 +130,7 @@ def _lm_head_kernel(
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
@@ -206,12 +197,7 @@ def _head_linear_kernel(
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(acc, E)
     tl.store(y + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
 
@@ -271,17 +257,10 @@ def _linear_silu_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_R < R, i_I < I
-    x_ptrs = x + i_R * x_R + k[None, :]
     w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
-        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
-        acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
+    x_ptrs = x + i_R * x_R + k[None, :]
+    gate = I * w_row
+    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_I,
@@ -298,7 +277,8 @@ def _linear_silu_mul_kernel(
 
 def linear_silu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packed gate|up projection and its silu_mul, as the projection's epilogue."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         gu = linear(x, w, bias)
         return silu_mul(gu)
@@ -354,17 +334,10 @@ def _linear_gelu_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_R < R, i_I < I
-    x_ptrs = x + i_R * x_R + k[None, :]
     w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
-        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
-        acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
+    x_ptrs = x + i_R * x_R + k[None, :]
+    gate = I * w_row
+    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_I,
@@ -381,7 +354,8 @@ def _linear_gelu_mul_kernel(
 
 def linear_gelu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packed gate|up projection and its gelu_mul, as the projection's epilogue."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         gu = linear(x, w, bias)
         return gelu_mul(gu)
@@ -437,17 +411,10 @@ def _linear_gelu_tanh_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_R < R, i_I < I
-    x_ptrs = x + i_R * x_R + k[None, :]
     w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
-        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
-        acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
+    x_ptrs = x + i_R * x_R + k[None, :]
+    gate = I * w_row
+    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     tl.store(
@@ -465,7 +432,8 @@ def _linear_gelu_tanh_mul_kernel(
 
 def linear_gelu_tanh_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packed gate|up projection and its gelu_tanh_mul, as the projection's epilogue."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         gu = linear(x, w, bias)
         return gelu_tanh_mul(gu)
@@ -521,14 +489,9 @@ def _linear_gelu_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    x_ptrs = x + i_R * x_R + k[None, :]
     w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    x_ptrs = x + i_R * x_R + k[None, :]
+    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     v = h
     tl.store(
@@ -538,7 +501,8 @@ def _linear_gelu_kernel(
 
 def linear_gelu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection and gelu as its epilogue."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         h = linear(x, w, bias)
         return gelu(h)
@@ -594,14 +558,9 @@ def _linear_gelu_tanh_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    x_ptrs = x + i_R * x_R + k[None, :]
     w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    x_ptrs = x + i_R * x_R + k[None, :]
+    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     v = h
     inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
@@ -610,7 +569,8 @@ def _linear_gelu_tanh_kernel(
 
 def linear_gelu_tanh(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection and gelu_tanh as its epilogue."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         h = linear(x, w, bias)
         return gelu_tanh(h)
@@ -668,14 +628,9 @@ def _linear_add_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    x_ptrs = x + i_R * x_R + k[None, :]
     w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    x_ptrs = x + i_R * x_R + k[None, :]
+    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_N,
@@ -686,7 +641,8 @@ def _linear_add_kernel(
 
 def linear_add(x: Tensor, w: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection and residual add as its epilogue."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         h = linear(x, w, bias)
         return add(residual, h)
@@ -746,21 +702,17 @@ def _lm_head_scale_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_S, i_V, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_V = i_S < S, i_V < V
-    x_ptrs = x + i_S * x_S + k[None, :]
     w_ptrs = w + i_V.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        is_k = (k < H - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_V & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    x_ptrs = x + i_S * x_S + k[None, :]
+    acc = product(x_ptrs, w_ptrs, is_row, in_V, H, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(logits + i_S * logits_S + i_V, raw * factor, mask=is_row & in_V)
 
 
 def lm_head_scale(x: Tensor, w: Tensor, bias: Tensor | None = None, *, factor: float) -> Tensor:
     """Logits with a multiplier, as in Granite and Cohere."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         raw = lm_head(x, w, bias)
         return scale(raw, factor=factor)
@@ -816,21 +768,17 @@ def _lm_head_soft_cap_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_S, i_V, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_V = i_S < S, i_V < V
-    x_ptrs = x + i_S * x_S + k[None, :]
     w_ptrs = w + i_V.to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        is_k = (k < H - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=in_V & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    x_ptrs = x + i_S * x_S + k[None, :]
+    acc = product(x_ptrs, w_ptrs, is_row, in_V, H, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(logits + i_S * logits_S + i_V, device.tanh(raw / cap) * cap, mask=is_row & in_V)
 
 
 def lm_head_soft_cap(x: Tensor, w: Tensor, bias: Tensor | None = None, *, cap: float) -> Tensor:
     """Logits with a soft cap, as in Gemma 2."""
-    num_rows, use = x.shape[:-1].numel(), choose("linear", E=x.element_size())
+    num_rows = x.shape[:-1].numel()
+    use = choose("linear", E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         raw = lm_head(x, w, bias)
         return soft_cap(raw, cap=cap)
@@ -893,12 +841,7 @@ def _lm_head_sample_kernel(
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
     w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        is_k = (k < K - start) | EVEN
-        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )

@@ -121,6 +121,11 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
             ),
+            "row_prologue": (
+                Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
             "expert_linear": (
                 Configuration(
                     {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
@@ -221,6 +226,11 @@ TARGETS: dict[str, Target] = {
             "linear": (
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+            ),
+            "row_prologue": (
+                Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
             ),
             "expert_linear": (
                 Configuration(
@@ -323,6 +333,11 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
             ),
+            "row_prologue": (
+                Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
             "expert_linear": (
                 Configuration(
                     {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
@@ -332,7 +347,7 @@ TARGETS: dict[str, Target] = {
                 ),
                 Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration(
-                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
                 ),
                 Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
             ),
@@ -424,6 +439,11 @@ TARGETS: dict[str, Target] = {
             "linear": (
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+            ),
+            "row_prologue": (
+                Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
             ),
             "expert_linear": (
                 Configuration(

@@ -37,7 +37,7 @@ class OptimizationPass(ABC):
     """A named transformation. `apply` returns a valid graph and does not change its argument.
 
     `stage` and `level` are its position in the pipeline, `phases` the phases of the graphs on which it runs; `after`
-    and `before` name passes that must precede and follow it.
+    and `before` name passes that must precede and follow it. With `kernels` it is only for graphs that they compute.
     """
 
     spec: ClassVar[str] = ""
@@ -46,6 +46,7 @@ class OptimizationPass(ABC):
     phases: ClassVar[frozenset[Stage]] = frozenset({"prefill", "decode", "hybrid"})
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
+    kernels: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from compare import DEVICE, DTYPES, Finding, compared, special
+from compare import DEVICE, DTYPES, Finding, call, compared, special
 from torch import Tensor
 
 from sageLLM.generated import ops
@@ -30,6 +30,7 @@ from sageLLM.runtime.executor.planner import TorchPlanner
 
 OF_TEMPLATES = {"linear", "lm_head", "lm_head_sample", "head_linear", "router_logits", "topk_router"}
 OF_TEMPLATES |= {"expert_linear", "expert_down"}
+PROLOGUES = {"rms_norm_linear", "add_rms_norm_linear", "add_rms_norm_linear_silu_mul"}
 GATED = {"linear_silu_mul", "linear_gelu_mul", "linear_gelu_tanh_mul"}
 EPILOGUES = GATED | {"linear_gelu", "linear_gelu_tanh", "linear_add", "lm_head_scale", "lm_head_soft_cap"}
 
@@ -51,7 +52,7 @@ def findings(everything: bool = True) -> Iterator[Finding]:
 
 def row_findings(everything: bool) -> Iterator[Finding]:
     """Ops from equations."""
-    for name in sorted(KERNELS.keys() & CASES.keys() - OF_TEMPLATES - EPILOGUES):
+    for name in sorted(KERNELS.keys() & CASES.keys() - OF_TEMPLATES - EPILOGUES - PROLOGUES):
         for kind, sizes, dtype in row_runs(name, everything):
             yield row_finding(name, kind, sizes, dtype)
 
@@ -260,6 +261,12 @@ def gemm_findings(everything: bool) -> Iterator[Finding]:
             operands = [numbers(M, K), w, *more, numbers(38) if dtype != "bf16" else None]
             found = compared(op, f"M={M}", dtype, operands, attrs, is_sum=True)
             yield replace(found, error=found.error / 2)  # gates round four times
+        for op in sorted(PROLOGUES):
+            residual = [numbers(M, K)] if "residual" in OPS[op].input_types else []
+            norm_w, bias = (None, numbers(38)) if dtype == "f32" else (numbers(K), None)
+            operands = [numbers(M, K), *residual, numbers(38, K) * K**-0.5, norm_w, bias]
+            found = compared(op, f"M={M}", dtype, operands, {"eps": 0.3}, is_sum=True)
+            yield replace(found, error=found.error / 2)  # the sum, the norm and gates are rounded
 
 
 def router_findings(everything: bool) -> Iterator[Finding]:
@@ -343,18 +350,20 @@ def batch_invariance_findings() -> Iterator[Finding]:
     for op, operands, attrs in batches():
         operands = [x.to(DEVICE) for x in operands]
         own = [first(x, name) for name, x in zip(OPS[op].input_types, operands, strict=False)]
-        is_same = torch.equal(KERNELS[op](*operands, **attrs)[:1], KERNELS[op](*own, **attrs))
+        together, alone = (call(KERNELS[op], one, attrs) for one in (operands, own))
+        is_same = all(torch.equal(x[:1], y) for x, y in zip(together, alone, strict=True))
         yield Finding(op, "alone", "f32", 0.0, "" if is_same else "other bits than in a batch")
 
 
 def batches() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
     yield "rms_norm", [torch.randn(20, 100), torch.randn(100)], {}
     yield "linear", [torch.randn(32, 300), torch.randn(37, 300)], {}
+    yield "add_rms_norm_linear", [*torch.randn(2, 32, 300), torch.randn(37, 300), torch.randn(300)], {}
     q, *cache = paged([37, 600], torch.float32)
     yield "paged_decode_attention", [q[:2], *cache], {"scale": 0.3}
 
 
 def first(x: Tensor, name: str) -> Tensor:
     """The operand for the first row or sequence alone; the shared ones unchanged."""
-    is_shared = name in ("w", "k_cache", "v_cache")
+    is_shared = name in ("w", "norm_w", "k_cache", "v_cache")
     return x if is_shared else x[:1, :3] if name == "block_table" else x[:1]

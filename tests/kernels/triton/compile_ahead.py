@@ -117,6 +117,7 @@ def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
             if name in ops and (Dv == D or name != "varlen_attention"):
                 yield Case(f"{name} {D}{f'/{Dv}' * (Dv != D)} {dtype}", name, SIZES | heads, DTYPES[dtype])
     rows = {"linear": (1, 32), "lm_head_sample": (32,), "expert_linear": (1, 64, 4096), "expert_down": (4096,)}
+    rows |= {"add_rms_norm_linear": (16, 32), "add_rms_norm_linear_silu_mul": (16, 32)}
     for name, dtype in product(rows, DTYPES):
         for count in rows[name] if name in ops else ():
             yield Case(f"{name} {count} rows {dtype}", name, SIZES | dict.fromkeys("RST", count), DTYPES[dtype])

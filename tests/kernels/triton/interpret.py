@@ -61,8 +61,8 @@ def engine_findings(num_tokens: int) -> Iterator[Finding]:
     yield Finding("engine", "launches", "bf16", 0.0, "" if len(step) <= allowed else f"{len(step)} launches: {step}")
 
 
-LAUNCHES_PER_LAYER = 8
-"""Two norms with the residual before them, four GEMMs, the store of keys and values, attention."""
+LAUNCHES_PER_LAYER = 6
+"""Four GEMMs, of which two begin with the residual and the norm, the store of keys and values, attention."""
 LAUNCHES_PER_STEP = 5
 """Embedding, the rows that sample, the last norm, the LM head, the merge of its maxima."""
 
