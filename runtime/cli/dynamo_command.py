@@ -1,6 +1,6 @@
 """The command `sagellm dynamo-worker`. Its implementation is imported when it runs."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,10 +18,17 @@ def dynamo_worker(
     request_plane: Annotated[str, typer.Option(help="tcp or nats.")] = "tcp",
     event_plane: Annotated[str | None, typer.Option(help="zmq or nats.")] = "zmq",
     endpoint_types: Annotated[str, typer.Option(help="chat, completions, or both with a comma.")] = "chat,completions",
+    disaggregation_mode: Annotated[
+        Literal["agg", "prefill", "decode"],
+        typer.Option(help="Compute prompts and answers, prompts for decode workers, or answers; needs SAGELLM_KEY."),
+    ] = "agg",
+    kv_host: Annotated[
+        str, typer.Option(help="Address of this host for copies of KV between prefill and decode workers.")
+    ] = "127.0.0.1",
     *,
     engine: EngineOptions,
 ) -> None:
-    """Serve a checkpoint as a worker of NVIDIA Dynamo: its frontend has the API (aggregated mode)."""
+    """Serve a checkpoint as a worker of NVIDIA Dynamo: its frontend has the API."""
     from sageLLM.runtime.cli.dynamo_worker import WorkerRequest, run_dynamo_worker
 
     request = WorkerRequest(
@@ -34,6 +41,8 @@ def dynamo_worker(
         request_plane=request_plane,
         event_plane=event_plane,
         endpoint_types=endpoint_types,
+        disaggregation_mode=disaggregation_mode,
+        kv_host=kv_host,
         engine=engine,
     )
     raise typer.Exit(run_dynamo_worker(request))

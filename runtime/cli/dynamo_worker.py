@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.serve_engine import EngineSpec, encode_spec
@@ -18,12 +18,14 @@ from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.server.channel import ProcessChannel
 from sageLLM.runtime.server.engine_client import EngineClient, Inbox
-from sageLLM.runtime.server.messages import Delta, Ready, Submit
+from sageLLM.runtime.server.messages import Delta, HandoffSpec, Ready, Submit
 
 if TYPE_CHECKING:
     from sageLLM.runtime.server.channel import Channel
 
 ENGINE = "sageLLM.runtime.cli.serve_engine"
+TICKET = "kv_ticket"
+"""The field of Dynamo's `disaggregated_params` with the ticket for the KV of a prompt."""
 SAMPLING = frozenset(field.name for field in fields(SamplingParams)) - {"n", "stop", "structured_outputs"}
 
 
@@ -40,7 +42,15 @@ class WorkerRequest:
     request_plane: str
     event_plane: str | None
     endpoint_types: str
+    disaggregation_mode: Literal["agg", "prefill", "decode"]
+    kv_host: str
     engine: EngineOptions
+
+    def handoff(self) -> HandoffSpec | None:
+        """How the engine exchanges the KV of prompts."""
+        if self.disaggregation_mode == "agg":
+            return None
+        return HandoffSpec(self.disaggregation_mode, self.kv_host, self.engine.kv_load_failure_policy)
 
 
 def run_dynamo_worker(request: WorkerRequest) -> int:
@@ -48,6 +58,7 @@ def run_dynamo_worker(request: WorkerRequest) -> int:
     try:
         from dynamo.common.backend.run import run
         from dynamo.common.backend.worker import WorkerConfig
+        from dynamo.common.constants import DisaggregationMode
     except ModuleNotFoundError as error:
         print(f"error: `sagellm dynamo-worker` requires {error.name}; pip install 'sagellm[dynamo]'", file=sys.stderr)
         return 1
@@ -63,6 +74,7 @@ def run_dynamo_worker(request: WorkerRequest) -> int:
         request_plane=request.request_plane,
         event_plane=request.event_plane,
         enable_kv_routing=read_config(request.engine.kv_events_config) is not None,
+        disaggregation_mode=DisaggregationMode(request.disaggregation_mode),
     )
 
     async def make(_: list[str] | None) -> tuple[Any, Any]:
@@ -80,7 +92,7 @@ def make_engine(request: WorkerRequest, name: str) -> Any:
         """Passes requests to the engine process, and its tokens back."""
 
         def __init__(self) -> None:
-            spec = EngineSpec(request.model, request.engine)
+            spec = EngineSpec(request.model, request.engine, handoff=request.handoff())
 
             def make_channel() -> Channel:
                 return ProcessChannel(ENGINE, encode_spec(spec))
@@ -117,13 +129,14 @@ def make_engine(request: WorkerRequest, name: str) -> Any:
             own = self._client.new_id()
             self._ids[context.id()] = own
             inbox = Inbox()
-            num_tokens = 0
+            num_tokens = num_cached = 0
             try:
-                self._client.submit(Submit(own, token_ids, sampling_params(asked)), inbox)
+                self._client.submit(submission(own, asked, request.disaggregation_mode), inbox)
                 while True:
                     for delta in await inbox.take():
                         num_tokens += len(delta.token_ids)
-                        yield chunk_of(delta, len(token_ids), num_tokens)
+                        num_cached = delta.num_cached_tokens or num_cached
+                        yield chunk_of(delta, len(token_ids), num_tokens, num_cached)
                         if delta.finish_reason is not None:
                             return
             finally:
@@ -135,6 +148,10 @@ def make_engine(request: WorkerRequest, name: str) -> Any:
             if own is not None:
                 self._client.abort_answer(own, 0)
 
+        async def is_quiescent(self) -> bool:
+            """A decode worker whose fetch is interrupted computes the prompt, so only requests are waited for."""
+            return self._client.num_requests == 0
+
         async def cleanup(self) -> None:
             await self._client.close()
 
@@ -144,6 +161,19 @@ def make_engine(request: WorkerRequest, name: str) -> Any:
 def subscriber_address(endpoint: str) -> str:
     """The address to connect to, for one that the engine binds to."""
     return endpoint.replace("*", "127.0.0.1")
+
+
+def submission(own_id: str, asked: Mapping[str, Any], mode: str) -> Submit:
+    """A request of Dynamo's for the engine. A prefill worker samples one token, which the decode worker does again.
+
+    A decode worker gets the ticket for the KV of the prompt; without one, it computes the prompt.
+    """
+    params = sampling_params(asked)
+    if mode == "prefill":
+        params = replace(params, max_tokens=1, min_tokens=0)
+    handed_over = (asked.get("prefill_result") or {}).get("disaggregated_params") or {}
+    ticket = handed_over.get(TICKET) if mode == "decode" else None
+    return Submit(own_id, list(asked["token_ids"]), params, kv_ticket=ticket or "")
 
 
 def sampling_params(asked: Mapping[str, Any]) -> SamplingParams:
@@ -167,12 +197,17 @@ def sampling_params(asked: Mapping[str, Any]) -> SamplingParams:
     )
 
 
-def chunk_of(delta: Delta, num_prompt_tokens: int, num_tokens: int) -> dict[str, Any]:
-    """New tokens as a chunk of Dynamo's; the last one has the reason of the end, and the usage."""
+def chunk_of(delta: Delta, num_prompt_tokens: int, num_tokens: int, num_cached: int = 0) -> dict[str, Any]:
+    """New tokens as a chunk of Dynamo's; the last one has the reason of the end, and the usage.
+
+    `num_cached` tokens of the prompt were in the cache, or have come from a prefill worker.
+    """
     chunk: dict[str, Any] = {"token_ids": list(delta.token_ids), "index": delta.index}
     if delta.finish_reason is not None:
         chunk["finish_reason"] = "cancelled" if delta.finish_reason == "abort" else delta.finish_reason
         total = num_prompt_tokens + num_tokens
         usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_tokens, "total_tokens": total}
-        chunk["completion_usage"] = usage
+        chunk["completion_usage"] = usage | {"prompt_tokens_details": {"cached_tokens": num_cached}}
+    if delta.kv_ticket is not None:
+        chunk["disaggregated_params"] = {TICKET: delta.kv_ticket}
     return chunk

@@ -25,17 +25,18 @@ import msgspec
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.server.channel import EngineSide
-from sageLLM.runtime.server.messages import Command, Crashed, Event, Refused
+from sageLLM.runtime.server.messages import Command, Crashed, Event, HandoffSpec, Refused
 
 PARENT_CHECK_SECONDS = 0.5
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
-    """The model and the options of `sagellm serve` for its engine."""
+    """The model and the options of an engine; with `handoff` it gives or gets the KV of prompts."""
 
     model: str
     options: EngineOptions
     log_level: str = "info"
+    handoff: HandoffSpec | None = None
 
 
 def encode_spec(spec: EngineSpec) -> bytes:
@@ -63,13 +64,24 @@ def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: 
     except SageError as error:
         send(Refused(str(error)))
         return
+    handoff = None
     try:
+        if spec.handoff is not None:
+            from sageLLM.runtime.server.kv_handoff import KVHandoff
+
+            handoff = KVHandoff(llm.engine, spec.handoff, commands)
         warm_up(llm)
         gc.collect()
         gc.freeze()  # the engine stays until the process ends: a full collection would look at its graphs in vain
         send(describe(llm, options.pd, options.scheduling_policy, options.max_num_seqs))
-        EngineLoop(llm, commands, send).run()
+        EngineLoop(llm, commands, send, handoff).run()
+    except SageError as error:
+        if handoff is not None or spec.handoff is None:
+            raise
+        send(Refused(str(error)))
     finally:
+        if handoff is not None:
+            handoff.close()
         llm.close()
 
 

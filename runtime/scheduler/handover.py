@@ -150,24 +150,26 @@ class Handover:
         kv.admit(name, kv.num_cached_tokens(name))
         self._table.borrowed.add(name)
 
-    def borrow(self, name: str, tokens: Sequence[int], salt: str) -> int | None:
-        """Reserve blocks for these tokens, until `end_loan`; their KV will be copied from another worker.
+    def borrow(self, name: str, tokens: Sequence[int], salt: str, num_tokens: int | None = None) -> int | None:
+        """Reserve blocks for `num_tokens` of these tokens (None: all), until `end_loan`; their KV will be copied here.
 
         Returns the number of leading tokens with KV here, or None without room.
         """
-        kv = self._kv.decode
+        kv, num = self._kv.decode, len(tokens) if num_tokens is None else num_tokens
         kv.track(name, tokens, (), salt)
-        if not kv.can_admit(name, len(tokens)):
+        if not kv.can_admit(name, num):
             kv.forget(name)
             return None
-        num_cached = kv.admit(name, len(tokens)).num_cached_tokens
+        num_cached = kv.admit(name, num).num_cached_tokens
         self._table.borrowed.add(name)
+        self._newest_step[name] = self._steps.num_planned - 1
         return num_cached
 
     def end_loan(self, name: str, num_arrived: int = 0) -> None:
         """Free the blocks of `lend` or `borrow`; the first `num_arrived` tokens are in the prefix cache from now on."""
         kv = self._kv.decode
         self._table.borrowed.discard(name)
+        self._newest_step.pop(name, None)
         if num_arrived:
             kv.publish(name, num_arrived)
         self._kv.freed += kv.free(name)

@@ -15,6 +15,7 @@ from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.request import RequestStatus
 from sageLLM.runtime.server.messages import (
     Abort,
+    Arrived,
     Command,
     Delta,
     Embed,
@@ -34,6 +35,7 @@ from sageLLM.runtime.worker.faults import LOG, reason_of
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.llm import LLM
+    from sageLLM.runtime.server.kv_handoff import KVHandoff
 
 LOAD_SECONDS = 0.05
 """The shortest time between two reports of the load."""
@@ -43,11 +45,18 @@ ABORTED = "aborted by the caller"
 class EngineLoop:
     """Executes the commands of a front on an engine without other callers, until None is in the queue.
 
-    The engine has no tokenizer: stop strings are found by the front, which then aborts the answer.
+    The engine has no tokenizer: stop strings are found by the front, which then aborts the answer. With a `handoff` it
+    exchanges the KV of prompts with other engines.
     """
 
-    def __init__(self, llm: LLM, commands: SimpleQueue[Command | None], send: Callable[[Event], None]) -> None:
-        self._llm = llm
+    def __init__(
+        self,
+        llm: LLM,
+        commands: SimpleQueue[Command | None],
+        send: Callable[[Event], None],
+        handoff: KVHandoff | None = None,
+    ) -> None:
+        self._llm, self._handoff = llm, handoff
         self._commands = commands
         self._send = send
         self._num_sent: dict[str, int] = {}  # tokens sent, by the id of the sequence
@@ -67,16 +76,26 @@ class EngineLoop:
     def _apply_commands(self) -> bool:
         """Executes the queued commands; waits for one if there are no requests. False at the end."""
         while not self._has_work or not self._commands.empty():
+            self._advance_handoff()
             command = self._commands.get()
             if command is None:
                 return False
             self._apply(command)
+        self._advance_handoff()
         return True
+
+    def _advance_handoff(self) -> None:
+        if self._handoff is not None:
+            self._handoff.advance()
 
     def _apply(self, command: Command) -> None:
         match command:
             case Submit():
                 self._submit(command)
+            case Arrived():
+                self._take_arrived(command)
+            case Abort(request_id=request_id) if self._handoff is not None and self._handoff.forget(request_id):
+                self._send(Step([Delta(request_id, command.index or 0, [], "abort", ABORTED)]))
             case Abort(request_id=request_id, index=None):
                 self._llm.engine.abort(request_id, ABORTED)
                 self._waiting.pop(request_id, None)
@@ -90,11 +109,15 @@ class EngineLoop:
                 if text is not None:
                     self._llm.engine.prepare_grammars(TokenizerText(text, num_tokens))
 
-    def _submit(self, command: Submit) -> None:
+    def _submit(self, command: Submit, group: RequestGroup | None = None) -> None:
+        """Queues a request; its `group` has been prepared if its KV was fetched since then."""
         engine = self._llm.engine
         traits = RequestTraits(command.priority, command.deadline, command.tenant, command.cache_salt)
         try:
-            group = engine.prepare(command.request_id, None, command.token_ids, command.params, traits)
+            if group is None:
+                group = engine.prepare(command.request_id, None, command.token_ids, command.params, traits)
+                if self._handoff is not None and self._handoff.delays(command, group):
+                    return
             engine.submit(group)
         except RequestError as error:
             self._send(Rejected(command.request_id, str(error), error.param))
@@ -105,6 +128,16 @@ class EngineLoop:
             return
         self._waiting[command.request_id] = group
         self._num_sent.update({answer.request.request_id: 0 for answer in group.sequences})
+
+    def _take_arrived(self, arrived: Arrived) -> None:
+        assert self._handoff is not None
+        waiting, failure = self._handoff.take(arrived)
+        if waiting is None:
+            return
+        if failure is None:
+            self._submit(*waiting)
+        else:
+            self._send(Rejected(waiting.command.request_id, f"the KV of the prompt was not fetched: {failure}"))
 
     def _embed(self, command: Embed) -> None:
         try:
@@ -128,6 +161,8 @@ class EngineLoop:
             changed = engine.step_answers()
         except Exception as error:
             failure = engine.reset(error)
+            if self._handoff is not None:
+                self._handoff.reset()
             self._num_sent.clear()
             self._waiting.clear()
             self._queue_seconds.clear()
@@ -163,6 +198,7 @@ class EngineLoop:
             self._queue_seconds.get(group.request_id) if is_first else None,
             self._prompt_scores(group) if is_first else None,
             None if reason is None else answer.request.num_preemptions,
+            None if reason is None or self._handoff is None else self._handoff.ticket_for(answer),
         )
         self._num_sent[sequence_id] = num_sent + len(new)
         if group.is_finished:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
@@ -14,7 +16,10 @@ ScoredToken = tuple[int, float, int]
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """Queue a request. `deadline` is in seconds after the arrival; `cache_salt` separates cached KV."""
+    """Queue a request. `deadline` is in seconds after the arrival; `cache_salt` separates cached KV.
+
+    With `kv_ticket` the KV of the prompt is first fetched from the engine that has it.
+    """
 
     request_id: str
     token_ids: list[int]
@@ -23,6 +28,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     deadline: float | None = None
     tenant: str = ""
     cache_salt: str = ""
+    kv_ticket: str = ""
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True):
@@ -49,7 +55,26 @@ class SetTokenizer(msgspec.Struct, tag="set_tokenizer", frozen=True):
     num_tokens: int = 0
 
 
-Command = Submit | Abort | Embed | SetTokenizer
+class Arrived(msgspec.Struct, tag="arrived", frozen=True):
+    """The KV of a prompt is here, for the first `num_tokens`; it is sent by a thread of the engine's process.
+
+    `name` is that of the copy. Without KV there is a `reason`.
+    """
+
+    name: str
+    num_tokens: int
+    reason: str = ""
+
+
+Command = Submit | Abort | Embed | SetTokenizer | Arrived
+
+
+class HandoffSpec(msgspec.Struct, frozen=True):
+    """The role of an engine that hands prompts over, the address on which it copies KV, and the policy without KV."""
+
+    role: Literal["prefill", "decode"]
+    host: str = "127.0.0.1"
+    policy: Literal["recompute", "fail"] = "recompute"
 
 
 # --- to the front ---
@@ -91,9 +116,9 @@ class Crashed(msgspec.Struct, tag="crashed", frozen=True):
 class Delta(msgspec.Struct, array_like=True, frozen=True):
     """The new tokens of one answer. The sampled token is the first entry of each list in `logprobs`.
 
-    `finish_reason` and `num_preemptions` are set with the last delta of an answer. A request's first delta has the
-    facts about its prompt: the number of cached tokens, the seconds in the queue, and the scores of its tokens from
-    the second one on.
+    `finish_reason` and `num_preemptions` are set with the last delta of an answer, and from a prefill engine
+    `kv_ticket`, with which another engine can fetch the KV of the prompt. A request's first delta has the facts about
+    its prompt: the number of cached tokens, the seconds in the queue, and the scores of its tokens from the second on.
     """
 
     request_id: str
@@ -106,6 +131,7 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     queue_seconds: float | None = None
     prompt_logprobs: list[list[ScoredToken]] | None = None
     num_preemptions: int | None = None
+    kv_ticket: str | None = None
 
 
 class WorkerLoad(msgspec.Struct, array_like=True, frozen=True):

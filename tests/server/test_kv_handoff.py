@@ -1,0 +1,148 @@
+"""Prompts that one engine process computes and another one decodes: real processes, KV over TCP, and their failures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pytest
+from msgspec.structs import replace
+
+from sageLLM import LLM, SamplingParams
+from sageLLM.runtime.cli.engine_options import EngineOptions
+from sageLLM.runtime.cli.serve_engine import EngineSpec, encode_spec
+from sageLLM.runtime.errors import RequestError, SageError
+from sageLLM.runtime.server.channel import ProcessChannel
+from sageLLM.runtime.server.engine_client import EngineClient, Inbox
+from sageLLM.runtime.server.messages import Delta, HandoffSpec, Submit
+from sageLLM.runtime.transport.ticket import open_ticket, seal
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+KEY = "k" * 32
+BLOCK_SIZE = 16
+PROMPTS = [[3 + (7 * i + j * j) % 300 for j in range(length)] for i, length in enumerate((1, 16, 40, 100, 161))]
+PARAMS = SamplingParams(max_tokens=12, temperature=0)
+FEW = SamplingParams(max_tokens=1, temperature=0)
+Role = Literal["prefill", "decode"]
+
+
+class Answer(NamedTuple):
+    """The tokens of an answer, the tokens of its prompt that were not computed, and the ticket of a prefill engine."""
+
+    token_ids: tuple[int, ...]
+    num_cached: int
+    ticket: str
+
+
+def make_client(role: Role, policy: Literal["recompute", "fail"] = "recompute", **options: Any) -> EngineClient:
+    engine = EngineOptions(max_model_len=256, dtype="float32", block_size=BLOCK_SIZE, **options)
+    spec = EngineSpec(str(MODEL), engine, handoff=HandoffSpec(role, policy=policy))
+    return EngineClient(lambda: ProcessChannel("sageLLM.runtime.cli.serve_engine", encode_spec(spec)))
+
+
+async def ask(client: EngineClient, prompt: list[int], params: SamplingParams, ticket: str = "") -> Answer:
+    inbox, name = Inbox(), client.new_id()
+    client.submit(Submit(name, prompt, params, kv_ticket=ticket), inbox)
+    found: list[Delta] = []
+    while not found or found[-1].finish_reason is None:
+        found += await inbox.take()
+    client.close_request(name)
+    token_ids = tuple(token for delta in found for token in delta.token_ids)
+    return Answer(token_ids, found[0].num_cached_tokens or 0, found[-1].kv_ticket or "")
+
+
+def with_engines(
+    monkeypatch: pytest.MonkeyPatch,
+    use: Callable[[EngineClient, EngineClient], Coroutine[Any, Any, None]],
+    policy: Literal["recompute", "fail"] = "recompute",
+    key: str = KEY,
+) -> None:
+    monkeypatch.setenv("SAGELLM_KEY", key)
+
+    async def run() -> None:
+        engines = make_client("prefill"), make_client("decode", policy)
+        try:
+            await asyncio.gather(*(one.start() for one in engines))
+            await asyncio.wait_for(use(*engines), 120)
+        finally:
+            await asyncio.gather(*(one.close() for one in engines))
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[int, ...]]:
+    llm = LLM(MODEL, max_model_len=256, dtype="float32")
+    return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS)]
+
+
+def test_kv_is_fetched_once_and_answers_are_those_of_one_engine(
+    monkeypatch: pytest.MonkeyPatch, expected: list[tuple[int, ...]]
+) -> None:
+    async def use(prefill: EngineClient, decode: EngineClient) -> None:
+        firsts = await asyncio.gather(*(ask(prefill, prompt, FEW) for prompt in PROMPTS))
+        found = await asyncio.gather(
+            *(ask(decode, prompt, PARAMS, first.ticket) for prompt, first in zip(PROMPTS, firsts, strict=True))
+        )
+        assert [answer.token_ids for answer in found] == expected
+        assert [first.token_ids for first in firsts] == [ids[:1] for ids in expected]
+        whole = [(len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in PROMPTS]
+        assert [answer.num_cached for answer in found] == whole
+        again = await ask(decode, PROMPTS[3], PARAMS, firsts[3].ticket)  # all of it is in the cache now
+        assert (again.token_ids, again.num_cached) == (expected[3], whole[3])
+        longer = [*PROMPTS[4], *range(5, 40)]  # the next turn: the part that is here is not copied again
+        ticket = (await ask(prefill, longer, FEW)).ticket
+        assert (await ask(decode, longer, PARAMS, ticket)).num_cached == (len(longer) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+    with_engines(monkeypatch, use)
+
+
+async def decode_alone(decode: EngineClient, prompt: list[int], ticket: str) -> None:
+    """Asks twice: the answer with a ticket that brings no KV is that with the KV of the first one in the cache."""
+    found = await ask(decode, prompt, PARAMS, ticket)
+    assert found.num_cached == 0, ticket
+    assert (await ask(decode, prompt, PARAMS)).token_ids == found.token_ids
+
+
+def test_without_kv_the_prompt_is_computed(monkeypatch: pytest.MonkeyPatch, expected: list[tuple[int, ...]]) -> None:
+    async def use(prefill: EngineClient, decode: EngineClient) -> None:
+        first, second = [await ask(prefill, prompt, FEW) for prompt in PROMPTS[3:]]
+        ticket = open_ticket(first.ticket, KEY.encode())
+        others = [
+            "not a ticket",
+            seal(ticket, b"another key of some length"),
+            seal(replace(ticket, epoch=ticket.epoch + 1), KEY.encode()),
+            seal(replace(ticket, request_id="unknown"), KEY.encode()),
+            second.ticket,  # that of another prompt
+        ]
+        for index, one in enumerate(others):
+            await decode_alone(decode, [index, *PROMPTS[3]], one)
+        assert prefill.process_id is not None
+        os.kill(prefill.process_id, signal.SIGKILL)
+        found = await ask(decode, PROMPTS[4], PARAMS, second.ticket)
+        assert (found.token_ids, found.num_cached) == (expected[4], 0)
+
+    with_engines(monkeypatch, use)
+
+
+def test_a_request_without_its_kv_fails_by_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(prefill: EngineClient, decode: EngineClient) -> None:
+        ticket = (await ask(prefill, PROMPTS[4], FEW)).ticket
+        assert prefill.process_id is not None
+        os.kill(prefill.process_id, signal.SIGKILL)
+        with pytest.raises(RequestError, match="the KV of the prompt was not fetched: "):
+            await ask(decode, PROMPTS[4], PARAMS, ticket)
+
+    with_engines(monkeypatch, use, "fail")
+
+
+def test_an_engine_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(prefill: EngineClient, decode: EngineClient) -> None:
+        raise AssertionError("the engines have started")
+
+    with pytest.raises(SageError, match="shared key of at least 16 characters, got 5"):
+        with_engines(monkeypatch, use, key="short")
