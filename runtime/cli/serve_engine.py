@@ -31,7 +31,7 @@ PARENT_CHECK_SECONDS = 0.5
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
-    """The model and the options of an engine; with `handoff` it gives or gets the KV of prompts."""
+    """The model and the options of an engine; with `handoff` it exchanges the KV of prompts."""
 
     model: str
     options: EngineOptions

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sageLLM.runtime.scheduler.handover import Handover
 
 KEEP_SECONDS = 30.0
-"""KV that nobody has fetched for so long is released."""
+"""KV that has not been fetched for so long is released."""
 CONNECT_SECONDS, FETCH_SECONDS = 1.0, 10.0
 """The times to connect and to copy, after which the prompt is computed."""
 KEPT_SHARE = 0.5
@@ -49,7 +49,7 @@ SOURCE, TARGET = 0, 1
 
 
 class KVPort:
-    """The transport of an engine with one rank in this process, and those who wait for the ends of copies."""
+    """The transport of an engine with one rank in this process; distributes reports by their copies."""
 
     def __init__(self, engine: Engine, worker: int, key: bytes, host: str = LOOPBACK) -> None:
         """Raises SageError for an engine whose KV is not in one pool of this process."""
@@ -195,7 +195,7 @@ class KVKeeper:
         start, size = fetch.key.start, self._port.block_size
         num_tokens = min(fetch.num_tokens, len(kept.blocks) * size - start)
         if num_tokens <= 0:
-            return NotFetched("the engine has no KV of these tokens")
+            return NotFetched("the engine has only KV of tokens before these")
         blocks = kept.blocks[start // size : -(-(start + num_tokens) // size)]
         source = End(SOURCE, self.epoch, blocks)
         handle = sign(Handle(*self._names(fetch), num_tokens, source, fetch.target), self._port.key)

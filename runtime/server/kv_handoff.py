@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Waiting(NamedTuple):
-    """A request whose KV is being fetched."""
+    """A request that waits for its KV."""
 
     command: Submit
     group: RequestGroup

@@ -16,7 +16,7 @@ from sageLLM.runtime.transport.handle import End, PieceKey, SignedHandle
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
-    """Where the KV of a prompt is kept: the address of an engine, its epoch, and the name of the request there.
+    """The place of the KV of a prompt: the address of an engine, its epoch, and the name of the request there.
 
     `prompt` is the hash of the prompt (`hash_prompt`), without which KV would be taken for that of other tokens.
     """
@@ -29,7 +29,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TicketError(Exception):
-    """The ticket is forged, or is no ticket."""
+    """The ticket is forged, or belongs to another prompt."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
@@ -80,7 +80,7 @@ def open_ticket(text: str, key: bytes) -> Ticket:
     try:
         sealed = base64.b64decode(text, validate=True)
     except ValueError:
-        raise TicketError("it is no base64") from None
+        raise TicketError("expected base64") from None
     signature, data = sealed[:_SIGNATURE_BYTES], sealed[_SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _signature(data, key)):
         raise TicketError("its signature is not that of this key")
