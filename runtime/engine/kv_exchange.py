@@ -18,8 +18,6 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.transport import channel
 from sageLLM.runtime.transport.base import Place, Report
@@ -27,7 +25,18 @@ from sageLLM.runtime.transport.handle import End, Handle, PieceKey, sign
 from sageLLM.runtime.transport.rows import best_digest
 from sageLLM.runtime.transport.shards import Part, PoolShard
 from sageLLM.runtime.transport.tcp import LOOPBACK, TcpTransport
-from sageLLM.runtime.transport.ticket import Fetch, Fetched, NotFetched, Ticket, TicketError, hash_prompt
+from sageLLM.runtime.transport.ticket import (
+    Fetch,
+    Fetched,
+    MessageError,
+    NotFetched,
+    Ticket,
+    TicketError,
+    decode_answer,
+    decode_fetch,
+    encode,
+    hash_prompt,
+)
 from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.faults import LOG
 
@@ -171,9 +180,9 @@ class KVKeeper:
             threading.Thread(target=self._serve, args=(connection,), name="sagellm-kv-fetch", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
-        with connection, suppress(OSError, EOFError, msgspec.MsgspecError):
-            fetch = msgspec.msgpack.decode(connection.recv_bytes(MAX_MESSAGE_BYTES), type=Fetch)
-            connection.send_bytes(msgspec.msgpack.encode(self._answer(fetch)))
+        with connection, suppress(OSError, EOFError, MessageError):
+            fetch = decode_fetch(connection.recv_bytes(MAX_MESSAGE_BYTES))
+            connection.send_bytes(encode(self._answer(fetch)))
 
     def _answer(self, fetch: Fetch) -> Fetched | NotFetched:
         if fetch.model != self._port.model:
@@ -296,7 +305,7 @@ class KVFetcher:
         reports = self._port.expect(fetch.key)
         try:
             num_arrived = fetch.key.start + self._copy(fetch, reports)
-        except (FetchError, SageError, OSError, EOFError, msgspec.MsgspecError) as error:
+        except (FetchError, SageError, OSError, EOFError, MessageError) as error:
             reason = str(error) or type(error).__name__
             self._port.stop(fetch.key, reports)
         finally:
@@ -310,10 +319,10 @@ class KVFetcher:
         """The number of tokens that have arrived, verified."""
         connection = channel.connect(fetch.ticket.host, fetch.ticket.port, self._port.key, CONNECT_SECONDS)
         with connection:
-            connection.send_bytes(msgspec.msgpack.encode(fetch))
+            connection.send_bytes(encode(fetch))
             if not connection.poll(FETCH_SECONDS):
                 raise FetchError(f"no answer within {FETCH_SECONDS:g} s")
-            answer = msgspec.msgpack.decode(connection.recv_bytes(MAX_MESSAGE_BYTES), type=Fetched | NotFetched)
+            answer = decode_answer(connection.recv_bytes(MAX_MESSAGE_BYTES))
         if isinstance(answer, NotFetched):
             raise FetchError(answer.reason)
         self._port.transport.check(answer.handle, [answer.digest])

@@ -32,6 +32,10 @@ class TicketError(Exception):
     """The ticket is forged, or belongs to another prompt."""
 
 
+class MessageError(Exception):
+    """The other end does not follow the protocol of a fetch."""
+
+
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     """Asks for tokens `start .. start + num_tokens - 1` of a prompt, to be pushed to the blocks of `target`.
 
@@ -60,6 +64,28 @@ class NotFetched(msgspec.Struct, frozen=True, tag="not_fetched"):
     reason: str
 
 
+def encode(message: Fetch | Fetched | NotFetched) -> bytes:
+    """A message of a fetch for `decode_fetch` or `decode_answer`."""
+    return _ENCODER.encode(message)
+
+
+def decode_fetch(data: bytes) -> Fetch:
+    """The request. Raises MessageError."""
+    try:
+        return _FETCHES.decode(data)
+    except msgspec.MsgspecError as error:
+        raise MessageError(f"a fetch cannot be decoded: {error}") from None
+
+
+def decode_answer(data: bytes) -> Fetched | NotFetched:
+    """The answer to a fetch. Raises MessageError."""
+    try:
+        return _ANSWERS.decode(data)
+    except msgspec.MsgspecError as error:
+        raise MessageError(f"the answer to a fetch cannot be decoded: {error}") from None
+
+
+_FETCHES, _ANSWERS = msgspec.msgpack.Decoder(Fetch), msgspec.msgpack.Decoder(Fetched | NotFetched)
 _ENCODER, _TICKETS = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Ticket)
 _SIGNATURE_BYTES = 32
 
