@@ -48,16 +48,22 @@ class Post:
     @property
     def is_whole(self) -> bool:
         """Whether the response has arrived; an event stream ends with its last chunk."""
-        return self.data.endswith(b"0\r\n\r\n") or (b"content-length" in self.data[:400] and b"}}" in self.data[-4:])
+        if b"content-length" in self.data[:400]:
+            return b"}}" in self.data[-4:]
+        return self.data.endswith(b"0\r\n\r\n")
 
 
 class Client:
-    """Sends posts on sockets and reads the answers, in one thread."""
+    """Sends posts on sockets and reads the answers, in one thread. Connections are kept, as clients do."""
 
     def __init__(self, address: Address, seed: int) -> None:
         self._address, self._draw = address, random.Random(seed)
         self._selector = selectors.DefaultSelector()
+        self._idle: list[socket.socket] = []
         self.posts: list[Post] = []
+
+    def connection(self) -> socket.socket:
+        return self._idle.pop() if self._idle else self.connect()
 
     def connect(self) -> socket.socket:
         sock = socket.create_connection((self._address.host, self._address.port))
@@ -96,7 +102,12 @@ class Client:
             if post.is_whole or not chunk:
                 post.end = now
                 self._selector.unregister(sock)
-                sock.close()
+                self._idle.append(sock) if chunk else sock.close()
+
+    def close(self) -> None:
+        for sock in self._idle:
+            sock.close()
+        self._idle.clear()
 
     def wait(self) -> None:
         deadline = time.perf_counter() + ANSWER_SECONDS
@@ -109,9 +120,10 @@ class Client:
         deadline = time.perf_counter() + seconds
         while (now := time.perf_counter()) < deadline:
             while self.num_open < concurrency:
-                self.send(now, self.connect(), self.request())
+                self.send(now, self.connection(), self.request())
             self.receive(0.05)
         self.wait()
+        self.close()
 
     def run_open(self, seconds: float, rate: float) -> None:
         """Requests at random times, however many are open."""
@@ -119,9 +131,10 @@ class Client:
         while due < start + seconds:
             while (now := time.perf_counter()) < due:
                 self.receive(due - now)
-            self.send(due, self.connect(), self.request())
+            self.send(due, self.connection(), self.request())
             due += self._draw.expovariate(rate)
         self.wait()
+        self.close()
 
     def run_burst(self, num_posts: int) -> None:
         """All at once, on connections that exist."""
@@ -131,6 +144,7 @@ class Client:
         for sock, data in posts:
             self.send(due, sock, data)
         self.wait()
+        self.close()
 
 
 def percentiles(seconds: list[float]) -> str:
@@ -164,12 +178,12 @@ def run(model: Path, seconds: float, limit: int, seed: int) -> None:
         closed = Client(address, seed + 1)
         closed.run_closed(seconds, limit)
         [line] = report(closed)
-        print(f"capacity: {line}")
+        print(f"capacity:\n{line}")
         rate = len(closed.posts) / seconds
         for factor in (1, 10):
             client = Client(address, seed + 1 + factor)
             client.run_open(seconds, factor * rate)
-            print(f"{factor:7}x:", *report(client), sep="\n" if factor > 1 else " ")
+            print(f"{factor:7}x:", *report(client), sep="\n")
         burst = Client(address, seed + 20)
         burst.run_burst(NUM_POSTS)
         print(f"{NUM_POSTS} at once:", *report(burst), sep="\n")
