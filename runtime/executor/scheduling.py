@@ -12,10 +12,13 @@ import torch
 from sageLLM.runtime.core.cost import Hardware, annotate
 from sageLLM.runtime.core.ir.dims import Dim, free_symbols
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.core.passes.part_sizes import DIVIDED, sizes_of_part
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.execution_graph.batch import DecodeBatch, PrefillBatch, step_sizes
+from sageLLM.runtime.execution_graph.stages import GROUP
 from sageLLM.runtime.executor.device_hardware import hardware_of
 from sageLLM.runtime.executor.model_compiler import Schedule
 
@@ -29,9 +32,11 @@ def schedule_streams(
 ) -> list[PassReport]:
     """Assigns streams to the nodes of a kernel graph in place, by their estimated times in a typical step.
 
-    `ranks` are the sizes of groups, such as {"tp": 2}. A graph without collectives and transfers is not changed.
+    `ranks` are the sizes of groups, such as {"tp": 2}. A graph without collectives and transfers is not changed, nor
+    one that only exchanges activations with other pipeline stages: its order, micro-batch by micro-batch, lets the next
+    stage begin early, and when messages arrive does not follow from the graph of one stage.
     """
-    if not any(node.op_type.is_comm or node.op_type.name in ("KV_LOAD", "KV_MIGRATE") for node in graph.nodes.values()):
+    if not any(map(_can_overlap, graph.nodes.values())):
         return []
     annotate(graph, hardware, {**typical_sizes(graph), **ranks})
     reports = []
@@ -39,6 +44,12 @@ def schedule_streams(
         one.transform(graph)
         reports.append(one.report)
     return reports
+
+
+def _can_overlap(node: ExecutionNode) -> bool:
+    if node.op_type.is_comm:
+        return not (isinstance(node, OpNode) and node.attrs.get("group") == GROUP)
+    return node.op_type.name in ("KV_LOAD", "KV_MIGRATE")
 
 
 def typical_sizes(graph: ExecutionGraph) -> dict[str, Dim]:
@@ -62,15 +73,15 @@ def _part_sizes(graph: ExecutionGraph, sizes: Mapping[str, Dim]) -> dict[str, Di
 
 
 def choose_schedule(
-    device: torch.device, ranks: Mapping[str, int], *, overlap_transfers: bool | None = None
+    device: torch.device, ranks: Mapping[str, int], *, num_processes: int = 1, overlap_transfers: bool | None = None
 ) -> Schedule | None:
     """The schedule of a rank's graphs, or None for graphs of one stream.
 
-    `overlap_transfers` None decides by the machine: a CPU needs a core for the thread of the transfers, and on GPUs it
-    is off, since it has not run on one yet.
+    `num_processes` ranks, of all stages, share the cores of this host. `overlap_transfers` None decides by the machine:
+    a CPU needs a core for the thread of the transfers, and on GPUs it is off, since it has not run on one yet.
     """
     if overlap_transfers is None:
-        overlap_transfers = device.type == "cpu" and _has_core_for_transfers(prod(ranks.values()))
+        overlap_transfers = device.type == "cpu" and _has_core_for_transfers(max(num_processes, prod(ranks.values())))
     if not overlap_transfers:
         return None
     return partial(schedule_streams, hardware=hardware_of(device), ranks=ranks)

@@ -169,7 +169,9 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         channel = socket.socket(fileno=spec.af_channel)
         links = AttentionLinks(channel, spec.side, find_compiler() if spec.device == "cpu" else None)
     overrides = None if links is None else links.kernels
-    schedule = choose_schedule(device, {"tp": spec.tp}, overlap_transfers=spec.overlap_transfers)
+    schedule = choose_schedule(
+        device, {"tp": spec.tp}, num_processes=len(spec.host_ranks), overlap_transfers=spec.overlap_transfers
+    )
     compiler = make_compiler(
         model,
         registry,

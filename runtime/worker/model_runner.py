@@ -74,6 +74,8 @@ class ModelRunner:
         self._plans: dict[tuple[Stage, int], Runnable] = {}
         self._lower_plans: dict[Stage, Runnable] = {}
         self._parts = MicroBatchInputs(num_ubatches)
+        # Pipeline stages overlap their decode steps, among which the scheduler has divided the requests.
+        self._divides_decodes = model.pipeline_stage.count == 1 or model.config.tp > 1
         self._buffers = ReceiveBuffers(model.device)
         self._watches_layers = False
         self._is_first_run = False
@@ -136,7 +138,7 @@ class ModelRunner:
         if blocks:
             inputs, num_ubatches = {**inputs, **blocks}, 1
         if num_ubatches > 1:
-            if num_tokens < num_ubatches:
+            if num_tokens < num_ubatches or (stage == "decode" and not self._divides_decodes):
                 num_ubatches = 1
             else:
                 inputs = self._parts.divide(inputs, len(decodes), chunks)

@@ -11,6 +11,7 @@ from sageLLM.runtime.core.ir.order import time_spans
 from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
+from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.executor import scheduling
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.scheduling import choose_schedule
@@ -74,6 +75,7 @@ def test_overlap_requires_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_cores, overlaps in ((2, False), (3, False), (4, True)):
         monkeypatch.setattr(scheduling.os, "sched_getaffinity", lambda _, count=num_cores: set(range(count)))
         assert (choose_schedule(CPU, {"tp": 2}) is not None) == overlaps
+        assert (choose_schedule(CPU, {"tp": 1}, num_processes=2) is not None) == overlaps, "two pipeline stages"
     assert choose_schedule(CPU, {"tp": 2}, overlap_transfers=False) is None
     assert choose_schedule(torch.device("cuda"), {"tp": 2}) is None
 
@@ -84,3 +86,18 @@ def test_a_graph_without_transfers_is_not_changed() -> None:
         "decode"
     )
     assert scheduling.schedule_streams(graph, [OverlapTransfers()], HARDWARE["cpu"], {}) == []
+
+
+def test_the_order_of_a_pipeline_stage_stays_micro_batch_by_micro_batch() -> None:
+    layout = MODELS["llama"]
+    config = layout.read_config(HFConfig(layout.tiny))
+    schedule = choose_schedule(CPU, {"tp": 1}, overlap_transfers=True)
+    for index in range(2):
+        stage = PipelineStage(index, 2)
+        made = ModelCompiler(layout, config, REGISTRY, dtype="f32", schedule=schedule, pipeline_stage=stage)
+        nodes = list(made.kernel_graph("prefill", 2).nodes)
+        transfers = [name for name in nodes if ".on1.p" in name or ".to1.p" in name]
+        second = min(i for i, name in enumerate(nodes) if name.endswith(".n.p1"))
+        last_of_first = max(i for i, name in enumerate(nodes) if name.endswith(".attention.o.p0"))
+        assert last_of_first < second, "the first micro-batch must be complete before the second one begins"
+        assert nodes.index(transfers[-1]) > last_of_first
