@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ async def embed(service: Service, exchange: Exchange, body: EmbeddingBody, ticke
         {
             "id": f"embd-{exchange.request_id}",
             "object": "list",
-            "created": service.created,
+            "created": int(time.time()),
             "model": body.model or service.settings.model_names[0],
             "data": [
                 {"index": index, "object": "embedding", "embedding": _encoded(vector, body.encoding_format)}

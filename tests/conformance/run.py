@@ -70,6 +70,7 @@ CHECKS = {
     "instructor": script("with_instructor.py", "instructor"),
     "openai-agents": script("with_openai_agents.py", "openai-agents"),
     "pydantic-ai": script("with_pydantic_ai.py", "pydantic-ai-slim"),
+    "langchain": script("with_langchain.py", "langchain-openai"),
     "lm-eval": script("with_lm_eval.py", TORCH, "lm-eval", "transformers", arguments=("{url}", "{model}")),
     "boards": script("with_boards.py", "promql-parser", "prometheus-client", arguments=("{url}", VLLM)),
     "schemathesis": Check(("schemathesis",), SCHEMATHESIS),

@@ -32,7 +32,7 @@ def test_curl_commands(server: TestServer) -> None:
 
 
 def test_openai_example(server: TestServer) -> None:
-    [code] = blocks("python")
+    code = blocks("python")[0]
     assert f'model="{NAME}"' in code
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
