@@ -56,7 +56,7 @@ FUNCTIONS = (
         "power",
         "smaller",
     }
-    | {"size_of", "bool", "i8", "i32", "i64", "f16", "bf16", "f32", "f64"}
+    | {"kv_scale", "size_of", "bool", "i8", "i32", "i64", "f16", "bf16", "f32", "f64"}
     | frozenset(keyword.kwlist)
     | frozenset(dir(builtins))
 )

@@ -14,6 +14,9 @@ from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import Cost
 from sageLLM.codegen.schema.ops import OpSpec
 
+KV_SIZES = ("kv_size", "kv_scale")
+"""Bytes of an element of the KV cache, and of the scale of a row, which depend on its form."""
+
 
 def declared_cost(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> Cost | None:
     """The cost as formulas of dims, `let` and element sizes, or None after a finding."""
@@ -32,7 +35,7 @@ def declared_cost(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> Cos
 
 def _formula(text: Text, names: Mapping[str, object], elements: Mapping[str, object]) -> Size:
     node = parse_expression(text)
-    sizes = {f"{element}_size": None for element in elements}
+    sizes = {**{f"{element}_size": None for element in elements}, **dict.fromkeys(KV_SIZES)}
     return size_of(_with_sizeof(node, elements), text, {**names, **sizes}, leading=True)
 
 

@@ -41,7 +41,10 @@ class CostSpec(Strict):
 
     let: dict[str, str] = Field(default={}, description="sizes that are only known at run time, with descriptions")
     flops: str = Field(description="floating-point operations, as a formula of dims and `let`")
-    bytes: str = Field(description="bytes moved to and from memory; `sizeof(E)` is the size of an element")
+    bytes: str = Field(
+        description="bytes moved to and from memory; `sizeof(E)` is the size of an element, "
+        "`kv_size` that of an element of the KV cache, `kv_scale` that of the scale of a row there"
+    )
 
 
 class KernelSpec(Strict):

@@ -19,6 +19,7 @@ COMPRESSED_TENSORS = QuantMethod(
         "version",
         "input_activations",
         "output_activations",
+        "kv_cache_scheme",
         "weights.observer",
         "weights.observer_kwargs",
         "weights.scale_dtype",

@@ -19,7 +19,9 @@ __all__ = [
     "paged_prefill_attention",
 ]
 
-T, Nq, D, PG, BS, Nkv, Dv, B, MB, QK, E_size, KV = dims("T Nq D PG BS Nkv Dv B MB QK E_size KV")
+T, Nq, D, PG, BS, Nkv, Dv, B, MB, QK, E_size, KV, kv_scale, kv_size = dims(
+    "T Nq D PG BS Nkv Dv B MB QK E_size KV kv_scale kv_size"
+)
 
 
 # specs/ops/attention.yaml: paged_prefill_attention
@@ -53,7 +55,13 @@ class PagedPrefillAttention(OpNode):
     }
     where = (Where("Nq % Nkv == 0", lambda d: d["Nq"] % d["Nkv"] == 0),)
     flop_formula = 2 * Nq * QK * (D + Dv)
-    byte_formula = E_size * (D * KV * Nkv + D * Nq * T + Dv * KV * Nkv + Dv * Nq * T)
+    byte_formula = (
+        D * E_size * Nq * T
+        + D * KV * Nkv * kv_size
+        + Dv * E_size * Nq * T
+        + Dv * KV * Nkv * kv_size
+        + 2 * KV * Nkv * kv_scale
+    )
 
     @property
     def q(self) -> TensorRef:
@@ -173,7 +181,13 @@ class PagedDecodeAttention(OpNode):
     }
     where = (Where("Nq % Nkv == 0", lambda d: d["Nq"] % d["Nkv"] == 0),)
     flop_formula = 2 * KV * Nq * (D + Dv)
-    byte_formula = E_size * (B * D * Nq + B * Dv * Nq + D * KV * Nkv + Dv * KV * Nkv)
+    byte_formula = (
+        B * D * E_size * Nq
+        + B * Dv * E_size * Nq
+        + D * KV * Nkv * kv_size
+        + Dv * KV * Nkv * kv_size
+        + 2 * KV * Nkv * kv_scale
+    )
 
     @property
     def q(self) -> TensorRef:

@@ -64,7 +64,10 @@ class StepTimer:
             raise SageError(f"max_model_len must be at least {needed} to time steps, got {llm.model.max_model_len}")
         tp = options.get("tensor_parallel_size", 1)
         model_config, layout, dtype = llm.model.config, llm.model.layout, llm.model.short_dtype
-        self._cost = RooflineStepCost(layout, model_config, hardware, dtype=dtype, tensor_parallel_size=tp)
+        form = llm.model.kv_form
+        self._cost = RooflineStepCost(
+            layout, model_config, hardware, dtype=dtype, tensor_parallel_size=tp, kv_form=form
+        )
         self._rounds = rounds
         self._ids = itertools.count()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from sageLLM.runtime.cli.options import Option
 
@@ -104,6 +104,9 @@ class SimulateRequest(TraceOptions):
     request_overhead_us: Annotated[float, Option("The same for each request of the step.", min=0)] = 0.0
     block_size: Annotated[int, Option("Tokens per KV block.", min=1)] = 16
     num_blocks: Annotated[int | None, Option("KV blocks per worker (default: all that fit the device).", min=1)] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"], Option("The KV cache in 8 bits per element, or (auto) in 16 bits.")
+    ] = "auto"
     as_json: Annotated[bool, Option("Print JSON instead of text.", "--json")] = False
 
     @property

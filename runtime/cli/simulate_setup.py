@@ -12,6 +12,7 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
+from sageLLM.runtime.loader.kv_form import choose_kv_form
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import StepCostModel, StepWork
@@ -165,6 +166,7 @@ def _roofline(request: SimulateRequest, tp: int) -> RooflineStepCost:
         tensor_parallel_size=tp,
         is_fused=request.is_fused,
         expert_parallel_size=request.expert_parallel_size,
+        kv_form=choose_kv_form(request.kv_cache_dtype, layout, config),
     )
     if request.expert_parallel_size > 1 and not roofline.num_moe_layers:
         raise ValueError(f"{request.model}: --ep {request.expert_parallel_size} requires a model with experts")

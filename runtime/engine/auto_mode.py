@@ -11,5 +11,6 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 
 def make_chooser(compiler: ModelCompiler, device: torch.device, objective: ServiceObjective | None) -> ForecastChooser:
     """Chooses the mode of each step by its forecast for `objective` on `device`."""
-    cost = RooflineStepCost(compiler.layout, compiler.config, hardware_of(device), dtype=compiler.dtype)
+    form = compiler.kv_form
+    cost = RooflineStepCost(compiler.layout, compiler.config, hardware_of(device), dtype=compiler.dtype, kv_form=form)
     return ForecastChooser(cost, objective or ServiceObjective())

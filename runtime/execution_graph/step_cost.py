@@ -13,6 +13,7 @@ from sageLLM.generated.passes import PASSES
 from sageLLM.runtime.core.cost import SECOND, Hardware
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level
 from sageLLM.runtime.core.ir.types import DTYPES
+from sageLLM.runtime.core.model.kv_form import KvForm, kv_bytes, kv_sizes
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.passes.rewrite import RewritePass
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
@@ -28,7 +29,7 @@ class RooflineStepCost:
     for its family, plus a launch. With `is_fused` they are those of the engine, with all rewrites; without it every op
     is a kernel, as in an engine without epilogues. The tokens of a step are assumed to select experts uniformly. The
     experts are distributed over `expert_parallel_size` workers, all with as many tokens; `exchange_s` is the time to
-    exchange them.
+    exchange them. `kv_form` is the form of the KV cache, by default of elements.
 
     Raises ConfigError if the degree does not divide the model's sizes.
     """
@@ -43,22 +44,23 @@ class RooflineStepCost:
         tensor_parallel_size: int = 1,
         is_fused: bool = True,
         expert_parallel_size: int = 1,
+        kv_form: KvForm | None = None,
     ) -> None:
         self.hardware = hardware
         self.config = layout.shard_config(config, tensor_parallel_size)
-        self._kept_per_layer = layout.cache(self.config).num_elements
+        self._kept_per_layer = kv_bytes(layout.cache(self.config), kv_form, DTYPES[dtype])
         self.dtype = dtype
         parallel = ParallelConfig(tensor_parallel_size)
         self.graph = graph = _kernel_graph(layout, config, parallel, dtype, is_fused)
         self.experts = Experts(getattr(config, "X", 0), getattr(config, "A", 0), expert_parallel_size)
         self.num_moe_layers = sum(node.op_type.name == "ROUTER" for node in graph.nodes.values())
         self.weight_bytes = weight_bytes(graph, expert_parallel_size)
-        self._tables = StepTables(graph, hardware, {"tp": tensor_parallel_size}, self.experts)
+        self._tables = StepTables(graph, hardware, {"tp": tensor_parallel_size, **kv_sizes(kv_form)}, self.experts)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values on one device, in all layers."""
-        return int(self.config.L * self._kept_per_layer * DTYPES[self.dtype])
+        return int(self.config.L * self._kept_per_layer)
 
     def num_kv_blocks(self, block_size: int, memory_share: float = 0.9, pipeline_depth: int = 1) -> int:
         """KV blocks that fit next to the weights in a share of the device's memory; 0 if the weights do not fit.

@@ -12,6 +12,7 @@ from sageLLM.runtime.core.ir.dims import Dim, dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.core.model.layout import KvShape, ModelLayout
 from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.core.passes.schedule import StreamPass
@@ -45,6 +46,7 @@ class ModelCompiler(ModelGraphs):
 
     With a `schedule`, kernel graphs have the streams that it assigns; by default they have one stream. With
     `samples_locally` ranks find the greedy tokens together, and the other outputs are the logits of the rank's share.
+    `kv_form` is the form of the caches that plans bind.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class ModelCompiler(ModelGraphs):
         samples_locally: bool = False,
         pipeline_stage: PipelineStage = WHOLE,
         side: Side | None = None,
+        kv_form: KvForm | None = None,
         **choice: Unpack[Choice],
     ) -> None:
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
         choice = {"backend": self.planner.name, **choice}
         super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, side=side, **choice)
         self.weight_stream: WeightStream | None = None
+        self.kv_form = kv_form
         self._schedule, self.samples_locally = schedule, samples_locally
 
     @property

@@ -1,4 +1,8 @@
-"""The form of a model's KV cache, by `LLM(kv_cache_dtype=...)`."""
+"""The form of a model's KV cache, by `LLM(kv_cache_dtype=...)`, and the scales for it that checkpoints have.
+
+Checkpoints calibrated for a KV cache of 8 bits have one scale for the keys of a layer and one for its values. The rows
+of our forms have scales of their own values, which fit them at least as well, so that these tensors are not read.
+"""
 
 from typing import Any, Literal, TypeAlias
 
@@ -9,6 +13,13 @@ from sageLLM.runtime.errors import SageError
 
 KvCacheDtype: TypeAlias = Literal["auto", "int8", "fp8"]
 KV_CACHE_DTYPES: tuple[str, ...] = ("auto", *KV_FORMS)
+
+_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "k_zero_point", "v_zero_point")
+
+
+def is_kv_scale(name: str) -> bool:
+    """Whether a tensor of a checkpoint is a scale for a quantised KV cache."""
+    return name.rpartition(".")[2] in _SCALES
 
 
 def choose_kv_form(name: str, layout: ModelLayout, config: Any) -> KvForm | None:

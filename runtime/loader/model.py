@@ -25,7 +25,7 @@ from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
 from sageLLM.runtime.loader.heads import absent_head, without_weights
-from sageLLM.runtime.loader.kv_form import choose_kv_form
+from sageLLM.runtime.loader.kv_form import choose_kv_form, is_kv_scale
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.quantized_checkpoint import QuantizedCheckpoint
@@ -287,7 +287,7 @@ def _tables(config: Any, length: int, device: torch.device, path: Path) -> Posit
 
 
 def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint, methods: Mapping[str, QuantMethod]) -> None:
-    tensors = checkpoint.stored()
+    tensors = {name: tensor for name, tensor in checkpoint.stored().items() if not is_kv_scale(name)}
     problems = check_checkpoint(layout, config, {name: tensor.shape for name, tensor in tensors.items()})
     found = find_in_tensors(layout, config, tensors, matches=not problems)
     if not isinstance(checkpoint, QuantizedCheckpoint):

@@ -50,8 +50,6 @@ _LAST_PARTS = {
     "weight_scales": "8-bit weights with scales",
     "input_scale": "8-bit weights with scales",
     "scale_weight": "8-bit weights with scales",
-    "k_scale": "kv cache scales",
-    "v_scale": "kv cache scales",
 }
 # Element types of weights only; int64 and bool occur as indices and masks.
 _PACKED_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")

@@ -16,6 +16,7 @@ from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.loader.codes import coded, why_not_coded
 from sageLLM.runtime.loader.dequantize import dequantize
 from sageLLM.runtime.loader.format_choice import Choice, Quantized, is_listed
+from sageLLM.runtime.loader.kv_form import is_kv_scale
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,7 +57,7 @@ class QuantizedCheckpoint(Checkpoint):
     def __init__(self, stored: Checkpoint, quantized: Quantized, values: Values) -> None:
         self.quantized, self._stored, self._values = quantized, stored, values[quantized.method.name]
         self.weights: dict[str, QuantizedWeight] = {}
-        hidden: set[str] = set()
+        hidden = {name for name in stored if is_kv_scale(name)}
         problems: list[str] = []
         for module, choice in _modules(stored.names, quantized).items():
             names = _names(module, choice.format, stored)

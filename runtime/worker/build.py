@@ -251,6 +251,7 @@ def make_compiler(
         pipeline_stage=model.pipeline_stage,
         side=side,
         samples_locally=model.config.tp > 1,
+        kv_form=model.kv_form,
     )
 
 

@@ -1,5 +1,6 @@
 """Quantised checkpoints: the answers are those of the checkpoint with the dequantised values, bit for bit."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +125,21 @@ def test_the_experts_of_gpt_oss(make_checkpoint: MakeCheckpoint, tmp_path: Path)
             logits = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         expected = logits[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
         assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_quantised", [True, False])
+def test_scales_for_the_kv_cache(is_quantised: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A calibrated checkpoint has the answers of one without the scales, in every form of the cache."""
+    source = make_checkpoint("Llama", **SMALL)
+    plain = packers.quantise(source, tmp_path, "packed") if is_quantised else source
+    folder = Path(shutil.copytree(plain, tmp_path / "calibrated"))
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(SMALL["num_hidden_layers"]):
+        tensors |= {f"model.layers.{layer}.self_attn.{name}": torch.tensor([0.03]) for name in ("k_scale", "v_scale")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    if is_quantised:
+        config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "symmetric": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    for form in ("auto", "fp8"):
+        assert answers(folder, kv_cache_dtype=form) == answers(plain, kv_cache_dtype=form)

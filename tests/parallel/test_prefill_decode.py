@@ -199,3 +199,26 @@ def test_options_that_exclude_each_other(options: dict[str, Any], message: str) 
         del strict["decode_workers"]
     with pytest.raises(SageError, match=message):
         LLM(MODEL, **(strict | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("form", "transport", "tp"), [("int8", "tcp", 2), ("fp8", "shared_memory", 1)])
+def test_kv_of_8_bits_is_copied_with_its_scales(form: str, transport: str, tp: int) -> None:
+    """Between roles of different block sizes, and of different degrees.
+
+    Ranks add in another order, so that a key may get another code; drawn tokens can then differ.
+    """
+    params = GREEDY if tp > 1 else PARAMS
+    llm = load(
+        prefill_workers=1,
+        decode_workers=1,
+        decode_tensor_parallel_size=tp,
+        decode_block_size=8,
+        kv_transport=transport,
+        kv_cache_dtype=form,
+    )
+    try:
+        expected = load(kv_cache_dtype=form).generate(PROMPTS, params)
+        assert tokens(llm.generate(PROMPTS, params)) == tokens(expected)
+        assert_free(llm)
+    finally:
+        llm.close()

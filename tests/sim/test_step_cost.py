@@ -10,6 +10,7 @@ from sageLLM.runtime.core.cost import Efficiency, Hardware, Link, estimate
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.kv_form import KV_FORMS
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
@@ -175,6 +176,17 @@ def test_memory_left_for_kv() -> None:
     assert cost.transfer_s(1000) == pytest.approx(H100.link.latency_us / 1e6 + 16384e3 / H100.link.bandwidth)
     small = dataclasses.replace(H100, memory_bytes=10**9)
     assert RooflineStepCost(LAYOUT, CONFIG, small).num_kv_blocks(16) == 0
+
+
+def test_a_kv_cache_of_8_bits() -> None:
+    """A row has a byte per element, and a scale of 4 bytes; attention of decodes reads so much less."""
+    plain, codes = (RooflineStepCost(LAYOUT, CONFIG, bare(H100), kv_form=form) for form in (None, KV_FORMS["int8"]))
+    assert codes.kv_bytes_per_token == 4 * 2 * 8 * (128 + 4)
+    assert codes.num_kv_blocks(16) / plain.num_kv_blocks(16) == pytest.approx(256 / 132, rel=1e-3)
+    assert codes.transfer_s(10**6) / plain.transfer_s(10**6) == pytest.approx(132 / 256, rel=1e-3)
+    short, long = StepWork((), 8, 800), StepWork((), 8, 800_000)
+    read = [cost.step_s(long) - cost.step_s(short) for cost in (codes, plain)]
+    assert read[0] / read[1] == pytest.approx(132 / 256, rel=1e-3)
 
 
 def test_a_degree_that_does_not_divide_the_model_is_refused() -> None:

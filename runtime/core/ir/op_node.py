@@ -93,8 +93,9 @@ class OpNode(ExecutionNode):
 
     `inputs` contains the present operands in declared order. If one in the middle is absent, `metadata["operands"]`
     lists the names of those present. The formulas may use the op's dims and dim attributes, `R` (the product of the
-    leading dims), `E_size` (bytes of an element of E), `has_NAME` (1 or 0 for an optional operand), and symbols of the
-    step such as KV, which the caller passes.
+    leading dims), `E_size` (bytes of an element of E), `has_NAME` (1 or 0 for an optional operand), `kv_size` and
+    `kv_scale` (bytes of an element of the KV cache, and of the scale of a row there; by default those of E and 0), and
+    symbols of the step such as KV, which the caller passes.
     """
 
     op: str  # a constant class attribute; not a ClassVar because it overrides a property of the base
@@ -266,6 +267,8 @@ def cost_of(
         elif not isinstance(value, tuple):
             names[name] = value
     names.update((name, value) for name, value in env.items() if name not in names)
+    names.setdefault("kv_size", names.get("E_size"))
+    names.setdefault("kv_scale", 0)
     return evaluate(evaluate(formula, names), env)
 
 

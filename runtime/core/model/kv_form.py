@@ -34,6 +34,11 @@ class KvForm:
 KV_FORMS = {form.name: form for form in (KvForm("int8", "int8"), KvForm("fp8", "uint8"))}
 
 
+def kv_sizes(form: KvForm | None) -> dict[str, int]:
+    """The sizes in costs that depend on the form."""
+    return {} if form is None else {"kv_size": 1, "kv_scale": SCALE_BYTES}
+
+
 def kv_bytes(shape: KvShape, form: KvForm | None, element_bytes: int) -> int:
     """The bytes of the entry of a token in one layer."""
     return shape.num_elements * element_bytes if form is None else form.stored(shape).num_elements
