@@ -1,6 +1,7 @@
 """Measures prefill/decode disaggregation: what running decodes notice of prompts, transfers of KV, and recovery.
 
     python benchmarks/disaggregation.py tail        # time between tokens while 2k-token prompts arrive, by mode
+    python benchmarks/disaggregation.py goodput     # requests per second within an objective at rising rates, by mode
     python benchmarks/disaggregation.py bandwidth   # KV from pool to pool, by transport, beside memcpy and a raw socket
     python benchmarks/disaggregation.py streaming   # time to the first and the second token, with and without pieces
     python benchmarks/disaggregation.py recovery    # time until requests go on after a kill of a worker
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from disaggregation_goodput import measure_rates
 from disaggregation_transfers import measure_bandwidth
 from peers.shapes import SHAPES, checkpoint
 
@@ -42,6 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 FIGURES: dict[str, Sequence[str]] = {
     "tail": [*MODES],
+    "goodput": [name for name in MODES if "tcp" not in name and "128" not in name],
     "streaming": ["layers", "pieces", "whole"],
     "recovery": ["prefill", "decode"],
     "roles": ["2+1 workers"],
@@ -57,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "bandwidth"])
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each phase of `tail`")
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="of each phase of `tail`, of each rate of `goodput`"
+    )
     parser.add_argument("--interval", type=float, default=6.0, help="seconds between two prompts of `tail`")
     parser.add_argument("--only", default="", help="modes of `tail` with this text in their names")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prefill step of `streaming`")
@@ -158,6 +163,14 @@ def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[st
         "prompts": len(firsts),
         "ttft_p50_ms": round(_share(sorted(firsts), 0.5)) if firsts else None,
     }
+
+
+def measure_goodput(model: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Requests per second within the objective, by the rate of arrivals."""
+    llm = load(model, mode, enable_prefix_caching=False)
+    found = measure_rates(Clock(llm), options.seconds)
+    llm.close()
+    return found
 
 
 def _share(ordered: list[float], share: float) -> float:
