@@ -3,16 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sageLLM.runtime.deploy.dynamo import frontend_command, has_engine_per_worker, worker_command
 from sageLLM.runtime.deploy.launch import engines, flags, server_options
 from sageLLM.runtime.deploy.placement import DeployError, Placement, Resources, Role, Secret
+
+ETCD = {"ETCD_ENDPOINTS": "http://etcd:2379", "DYN_EVENT_PLANE": "zmq"}
+"""Dynamo's discovery by the Service `etcd` of the namespace, and events without NATS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """An environment variable from a Secret."""
+    """An environment variable: a value, that of a Secret, or a field of the pod."""
 
     name: str
-    secret: Secret
+    secret: Secret | None = None
+    value: str = ""
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +28,15 @@ class Pod:
     arguments: tuple[str, ...]
     variables: tuple[Variable, ...]
     port: int | None = None
+    ready_path: str = "/readyz"
+    live_path: str = "/livez"
 
 
 @dataclass(frozen=True, slots=True)
 class LeaderWorkerSet:
     """Groups of pods, one group per engine: the leader, and `size` - 1 workers with the other ranks.
+
+    A group of Dynamo's frontend or of one of its workers is one pod.
 
     `resources` are the requests and limits of each pod.
     """
@@ -57,9 +67,16 @@ class Manifests:
     port: int
     sets: tuple[LeaderWorkerSet, ...]
 
+    @property
+    def api_role(self) -> str:
+        """The role with the API."""
+        return next(one.role for one in self.sets if one.leader.port is not None)
+
 
 def manifests(placement: Placement) -> Manifests:
     """The manifests of a deployment. Raises DeployError for one that cannot run there."""
+    if has_engine_per_worker(placement):
+        return Manifests(placement.object_name, placement.image, placement.http_port, _sets_of_roles(placement))
     found = engines(placement)
     role, options = found[0]  # engines of a role differ in their ports only, and each pod has its own
     return Manifests(
@@ -95,6 +112,31 @@ def _set(placement: Placement, role: Role, options: Mapping[str, object], num_en
         resources=_resources(role.resources, role, devices),
         shared_memory=role.resources.shared_memory,
     )
+
+
+def _sets_of_roles(placement: Placement) -> tuple[LeaderWorkerSet, ...]:
+    """Dynamo's frontend, and the workers of each role, found by etcd."""
+    key = placement.cluster_key
+    if key is None:
+        raise DeployError(
+            f"{placement.name}: workers that copy KV between pods require `secrets.cluster_key`; add it, or set "
+            "`transport: shm`"
+        )
+    discovery = tuple(Variable(name, value=value) for name, value in ETCD.items())
+    api = Pod(frontend_command(placement, "etcd"), discovery, placement.http_port, "/health", "/live")
+    own = (*discovery, Variable("POD_IP", field="status.podIP"), Variable("SAGELLM_KEY", key))
+    where = ("--discovery-backend", "etcd", "--kv-host", "$(POD_IP)")
+    found = [_pods(placement, "frontend", 1, api, Resources())]
+    for role in placement.roles.values():
+        worker = Pod((*_plain(*worker_command(placement, role)), *where), own)
+        found.append(_pods(placement, role.name, role.count, worker, role.resources))
+    return tuple(found)
+
+
+def _pods(placement: Placement, role: str, count: int, pod: Pod, resources: Resources) -> LeaderWorkerSet:
+    """Groups of one pod each."""
+    name, wanted = f"{placement.object_name}-{role}", {"cpu": resources.cpu, "memory": resources.memory}
+    return LeaderWorkerSet(name, role, count, 1, pod, None, wanted, resources.shared_memory)
 
 
 def _resources(wanted: Resources, role: Role, num_devices: int) -> dict[str, str]:

@@ -29,8 +29,13 @@ class KeyReference(Object):
     key: str
 
 
+class FieldReference(Object):
+    field_path: Literal["status.podIP"]
+
+
 class Source(Object):
-    secret_key_ref: KeyReference
+    secret_key_ref: KeyReference | None = None
+    field_ref: FieldReference | None = None
 
 
 class Variable(Object):

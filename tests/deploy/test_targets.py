@@ -38,6 +38,8 @@ def written(folder: Path, text: str) -> Placement:
         ("attention_ffn", "local"),
         ("prefill_decode", "local"),
         ("prefill_decode", "dynamo"),
+        ("prefill_decode_pods", "dynamo"),
+        ("prefill_decode_pods", "kubernetes"),
         ("two_hosts", "torchrun"),
         ("two_hosts", "kubernetes"),
         ("two_hosts", "ray"),
@@ -75,7 +77,8 @@ def command_lines(placement: Placement) -> list[list[str]]:
         if isinstance(one, LeaderWorkerSet):
             group = one.spec.leader_worker_template
             templates = [group.worker_template, *([group.leader_template] if group.leader_template else [])]
-            lines += [[*pod.spec.containers[0].command, *pod.spec.containers[0].args] for pod in templates]
+            found = [[*pod.spec.containers[0].command, *pod.spec.containers[0].args] for pod in templates]
+            lines += [line for line in found if line[0] == "sagellm"]
     return [line[line.index("sagellm") :] for line in lines]
 
 
@@ -104,6 +107,25 @@ def test_objects_of_a_deployment_on_several_hosts() -> None:
     for pod in (leader, worker):
         secrets = [one.value_from for one in pod.spec.containers[0].env if one.name == "SAGELLM_KEY"]
         assert secrets[0] is not None and secrets[0].secret_key_ref.key == "cluster-key"
+
+
+def test_prefill_and_decode_workers_are_pods_of_their_own() -> None:
+    placement, source = find_placement("prefill_decode_pods")
+    *groups, service, _ = read_manifests(render_target(placement, "kubernetes", source))
+    assert [(one.metadata.labels["sagellm/role"], one.spec.replicas) for one in groups] == [
+        ("frontend", 1),
+        ("prefill", 2),
+        ("decode", 3),
+    ]
+    pods = [one.spec.leader_worker_template.worker_template for one in groups]
+    labels = service.spec.selector.items()
+    assert [labels <= pod.metadata.labels.items() for pod in pods] == [True, False, False]
+    for pod, mode in zip(pods[1:], ("prefill", "decode"), strict=True):
+        container = pod.spec.containers[0]
+        assert container.args[container.args.index("--disaggregation-mode") + 1] == mode
+        assert container.args[container.args.index("--kv-host") + 1] == "$(POD_IP)"
+        names = {one.name for one in container.env}
+        assert names >= {"POD_IP", "SAGELLM_KEY", "ETCD_ENDPOINTS"}
 
 
 def test_devices_are_resources(tmp_path: Path) -> None:
@@ -140,6 +162,14 @@ def test_a_deployment_that_no_engine_has_is_refused(tmp_path: Path, roles: str, 
     secrets = "secrets: {cluster_key: {name: a, key: b}}\n"
     with pytest.raises(DeployError, match=message):
         render_target(written(tmp_path, f"roles: {{{roles}}}\n{secrets}"), "local", "it")
+
+
+def test_pods_that_copy_kv_require_a_key_and_one_device(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="workers that copy KV between pods require"):
+        render_target(written(tmp_path, "roles: {prefill: {}, decode: {}}\ntransport: tcp\n"), "kubernetes", "it")
+    placement = written(tmp_path, "roles: {prefill: {tp: 2}, decode: {}}\ntransport: tcp\n")
+    with pytest.raises(DeployError, match="that are engines run on one CPU device; set `tp: 1`"):
+        render_target(placement, "dynamo", "it")
 
 
 def test_a_worker_of_dynamo_is_on_one_host() -> None:
