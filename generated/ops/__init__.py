@@ -177,7 +177,7 @@ from .row_prologues import (
     add_rms_norm_linear_silu_mul,
     rms_norm_linear,
 )
-from .sampling import Sample, SampleShard, sample, sample_shard
+from .sampling import Draw, Sample, SampleShard, draw, sample, sample_shard
 from .varlen_attention import VarlenAttention, varlen_attention
 from .views import (
     ConcatLast,
@@ -215,6 +215,7 @@ __all__ = [
     "CombineExperts",
     "ConcatLast",
     "ConcatRows",
+    "Draw",
     "Embedding",
     "EmbeddingShard",
     "ExpertDown",
@@ -315,6 +316,7 @@ __all__ = [
     "combine_experts",
     "concat_last",
     "concat_rows",
+    "draw",
     "embedding",
     "embedding_shard",
     "expert_down",
@@ -492,6 +494,7 @@ OPS: dict[str, type[OpNode]] = {
     "add_rms_norm_linear": AddRmsNormLinear,
     "add_rms_norm_linear_silu_mul": AddRmsNormLinearSiluMul,
     "sample": Sample,
+    "draw": Draw,
     "sample_shard": SampleShard,
     "varlen_attention": VarlenAttention,
     "split_qkv": SplitQkv,

@@ -7,14 +7,16 @@ from typing import cast
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
 from sageLLM.runtime.core.ir.op_node import AttrSpec, OpNode
-from sageLLM.runtime.core.ir.types import f32, i32, i64
+from sageLLM.runtime.core.ir.types import f32, f64, i32, i64
 from sageLLM.runtime.core.ir.writer import GraphWriter
 
 from .op_types import OpType
 
 __all__ = [
+    "Draw",
     "Sample",
     "SampleShard",
+    "draw",
     "sample",
     "sample_shard",
 ]
@@ -96,6 +98,63 @@ def sample(
     }
     attrs: dict[str, AttrValue] = {}
     (tokens,) = g.emit(Sample, inputs, attrs, (name,))
+    return tokens
+
+
+# specs/ops/sampling.yaml: draw
+class Draw(OpNode):
+    """A drawn token for every sequence with a temperature above 0, and the likeliest one for the others.
+
+    see kernels/reference: draw
+    """
+
+    op = "draw"
+    spec = "specs/ops/sampling.yaml: draw"
+    kind = OpType.SAMPLE
+    input_types = {"logits": f32[S, V], "greedy": i64[S], "temperature": f32[S], "uniform": f64[S]}
+    output_types = {"tokens": i64[S]}
+    flop_formula = 4 * S * V
+    byte_formula = 4 * S * (2 * V + 7)
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.input("logits")
+
+    @property
+    def greedy(self) -> TensorRef:
+        return self.input("greedy")
+
+    @property
+    def temperature(self) -> TensorRef:
+        return self.input("temperature")
+
+    @property
+    def uniform(self) -> TensorRef:
+        return self.input("uniform")
+
+    @property
+    def tokens(self) -> TensorRef:
+        return self.output("tokens")
+
+
+def draw(
+    g: GraphWriter,
+    logits: TensorRef,
+    greedy: TensorRef,
+    temperature: TensorRef,
+    uniform: TensorRef,
+    *,
+    name: str = "tokens",
+) -> TensorRef:
+    """Adds a draw node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {
+        "logits": logits,
+        "greedy": greedy,
+        "temperature": temperature,
+        "uniform": uniform,
+    }
+    attrs: dict[str, AttrValue] = {}
+    (tokens,) = g.emit(Draw, inputs, attrs, (name,))
     return tokens
 
 

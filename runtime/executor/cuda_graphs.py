@@ -33,7 +33,8 @@ class DeviceBuffers:
 class DevicePlan(Plan):
     """A plan that copies its integer inputs, which are on the host, to the device; others are there already.
 
-    `tokens` are those of the last run, if the graph samples. Nothing waits for the device but reading them.
+    `tokens` are those of the last run, if the graph samples. Nothing waits for the device but reading them. The inputs
+    `draw_temperature` and `draw_uniform`, the bits of float32 and float64 numbers, are for the kernel of `draw`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DevicePlan(Plan):
         super().__init__(graph, kernels, bound, buffers.api)
         self.tokens: PendingTokens | None = None
         self._buffers = buffers
+        self._draw = kernels.get("draw")
         self._samples = any(ref.dtype == "i64" for ref in graph.outputs)
         self._has_run = False
 
@@ -62,7 +64,15 @@ class DevicePlan(Plan):
             self.wrap_kernels(require_unit_strides)
             outputs = super().run(inputs)
             self._calls, self._has_run = calls, True
-        return [*outputs, marked_tokens(*outputs)] if self._samples else outputs
+        return [*outputs, self._tokens(inputs, *outputs)] if self._samples else outputs
+
+    def _tokens(self, inputs: Inputs, values: Tensor, greedy_ids: Tensor, best: Tensor | None = None) -> Tensor:
+        """The marked tokens, drawn in rows with a temperature; ranks that share the vocabulary draw together, later."""
+        temperature, uniform = inputs.get("draw_temperature"), inputs.get("draw_uniform")
+        drawn = None
+        if self._draw is not None and best is None and temperature is not None and uniform is not None:
+            drawn = self._draw(values, greedy_ids, temperature.view(torch.float32), uniform.view(torch.float64))
+        return marked_tokens(values, greedy_ids, best, drawn)
 
     def _started(self, outputs: list[Tensor]) -> list[Tensor]:
         """Starts the copy of the tokens; returns the other outputs."""

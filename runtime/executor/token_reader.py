@@ -1,4 +1,4 @@
-"""Greedy tokens of a step on their way from the device: one copy and one wait per step."""
+"""Tokens of a step on their way from the device: one copy and one wait per step."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,11 +65,12 @@ class TokenReader:
         return PendingTokens(self._arrays[self._turn][:count], event)
 
 
-def marked_tokens(values: Tensor, token_ids: Tensor, best: Tensor | None = None) -> Tensor:
-    """The tokens i32[S], with FAILED in rows without a finite maximum.
+def marked_tokens(values: Tensor, token_ids: Tensor, best: Tensor | None = None, drawn: Tensor | None = None) -> Tensor:
+    """The tokens i32[S], or the `drawn` ones, with FAILED in rows without a finite maximum.
 
-    `values` are the logits f32[S, V], and `best` the logits f32[S] of the tokens if other ranks have a part of them.
+    `values` are the logits f32[S, V], `token_ids` the likeliest tokens, and `best` the logits f32[S] of these if other
+    ranks have a part of them.
     """
     highest = values.gather(1, token_ids[:, None]).flatten() if best is None else best
     is_finite = highest - highest == 0  # NaN for NaN and infinities: two kernels instead of the four of isfinite
-    return torch.where(is_finite, token_ids, FAILED).int()
+    return torch.where(is_finite, token_ids if drawn is None else drawn, FAILED).int()

@@ -59,21 +59,26 @@ class SequenceSampling:
     constraint: TokenConstraint | None = None
     is_plain_greedy: bool = field(init=False)
     """Whether the graph's argmax is the answer: the logits are not adjusted and no log-probabilities are requested."""
+    is_plain_draw: bool = field(init=False)
+    """Whether the token is drawn from logits that are neither adjusted nor filtered, as the op `draw` does."""
 
     def __post_init__(self) -> None:
         params = self.params
         if self.seed is None:
             self.seed = choose_seed(params)
         adjusts = params.has_penalties or bool(params.logit_bias) or params.structured_outputs is not None
-        self.is_plain_greedy = params.is_greedy and params.logprobs is None and not (adjusts or self.stop_ids)
+        is_plain = params.logprobs is None and not (adjusts or self.stop_ids)
+        filters = params.min_p > 0.0 or params.top_k > 0 or params.top_p < 1.0
+        self.is_plain_greedy = params.is_greedy and is_plain
+        self.is_plain_draw = is_plain and not (params.is_greedy or filters)
 
     @property
     def bans_stop_ids(self) -> bool:
         return bool(self.stop_ids) and len(self.output_token_ids) < self.params.min_tokens
 
-    def uniform(self) -> float:
-        """The number in [0, 1) that decides the next token."""
-        key = struct.pack("<qqq", self.seed, self.answer_index, len(self.output_token_ids))
+    def uniform(self, num_ahead: int = 0) -> float:
+        """The number in [0, 1) that decides the next token, or the one after `num_ahead` more tokens."""
+        key = struct.pack("<qqq", self.seed, self.answer_index, len(self.output_token_ids) + num_ahead)
         bits = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return (bits >> 11) * 2.0**-53  # a float64 holds 53 bits exactly, so the result cannot round up to 1
 

@@ -1,7 +1,8 @@
 """Decode steps on a GPU that start before the tokens of the step before are read: the tokens stay on the device.
 
-A step that only advances the decodes of the last one, all greedy, needs nothing of the host but positions and block
-tables. It is launched while that step runs, so the device does not wait for the host between the two.
+A step that only advances the decodes of the last one needs nothing of the host but positions, block tables, and numbers
+to draw with, which follow from the seeds. It is launched while that step runs, so the device does not wait for the host
+between the two. Tokens that are filtered, adjusted or scored are chosen on the host, and their steps wait.
 """
 
 import time

@@ -27,7 +27,7 @@ from sageLLM.runtime.worker.kv_pool import KVPool
 from sageLLM.runtime.worker.lower_blocks import lower_blocks
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
 from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk
-from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
+from sageLLM.runtime.worker.step_inputs import Draws, Inputs, StepInputs
 
 
 class Logits(NamedTuple):
@@ -123,16 +123,18 @@ class ModelRunner:
         decodes: DecodeBatch,
         chunks: Sequence[SequenceChunk],
         rows: Sequence[int],
+        draws: Draws | None = None,
     ) -> Logits | None:
         """Computes the last token of each of `decodes` and the chunks, writes their KV, and returns logits of `rows`.
 
-        Token rows number the decodes first and then the tokens of the chunks. The result is valid until the next step.
+        Token rows number the decodes first and then the tokens of the chunks. A GPU draws tokens with `draws`. The
+        result is valid until the next step.
         A pipeline stage before the last one sends its result to the next stage and returns None.
         """
         if not torch.is_inference_mode_enabled():  # the worker's thread is always in it, as entering it takes time
             with torch.inference_mode():
-                return self.run(stage, decodes, chunks, rows)
-        inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows), self._parts.num_parts
+                return self.run(stage, decodes, chunks, rows, draws)
+        inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows, draws), self._parts.num_parts
         blocks = {} if self.pool.lower is None else lower_blocks(inputs, self.pool)
         num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in chunks)
         if blocks:
@@ -166,11 +168,11 @@ class ModelRunner:
         plan = self.plan("decode")
         return isinstance(plan, GraphedPlan) and plan.num_captured > 0
 
-    def run_after(self, decodes: DecodeBatch, rows: Sequence[int]) -> Logits:
+    def run_after(self, decodes: DecodeBatch, rows: Sequence[int], draws: Draws | None) -> Logits:
         """As `run` of the decodes of the last step, whose tokens need not be known yet."""
         plan = self.plan("decode")
         assert isinstance(plan, GraphedPlan), "can_follow has been asked"
-        values, greedy_ids, *_ = plan.run_after_last(self.step_inputs.make(decodes, [], rows))
+        values, greedy_ids, *_ = plan.run_after_last(self.step_inputs.make(decodes, [], rows, draws))
         return Logits(values, greedy_ids, tokens=plan.tokens)
 
     def _run_plan(self, plan: Runnable, num_ubatches: int, inputs: Inputs, num_tokens: int) -> list[Tensor]:

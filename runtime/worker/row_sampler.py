@@ -16,6 +16,7 @@ from sageLLM.runtime.sampling.share import Share
 from sageLLM.runtime.sampling.shared_sampler import sample_shared
 from sageLLM.runtime.worker.model_runner import Logits
 from sageLLM.runtime.worker.sequences import WorkerSequence
+from sageLLM.runtime.worker.step_inputs import Draws
 
 
 class SampledRows(NamedTuple):
@@ -39,6 +40,11 @@ class RowSampler:
         self._states: list[SequenceSampling] = [one.sampling for one in sequences if one.sampling is not None]
         # Whether tokens do not depend on those before, apart from the logits.
         self.is_plain_greedy = all(state.is_plain_greedy for state in self._states)
+        # Whether a GPU chooses all tokens, which it draws where a temperature is given.
+        is_plain = all(state.is_plain_greedy or state.is_plain_draw for state in self._states)
+        self.is_on_device = share is None and is_plain
+        self._drawn_rows = [row for row, state in enumerate(self._states) if state.is_plain_draw]
+        self._temperatures = np.array([0.0 if one.params.is_greedy else one.params.temperature for one in self._states])
         # The rows that do not take the tokens of the graph, if ranks share the vocabulary.
         self._open_rows = [row for row, state in enumerate(self._states) if not state.is_plain_greedy]
         self.constraints = [one.constraint for one in self._states if isinstance(one.constraint, GrammarConstraint)]
@@ -53,14 +59,28 @@ class RowSampler:
         """Samples a token for every sequence. Rows of the logits after these are ignored."""
         if self._share is not None and logits.best is not None:
             return self._with_others(logits, logits.best, self._share)
+        if logits.tokens is not None and self.is_on_device:
+            return self._chosen_on_device(logits.tokens)
         if self.is_plain_greedy:
-            return self._greedy(logits) if logits.tokens is None else self._greedy_on_device(logits.tokens)
+            return self._greedy(logits)
         values = logits.values[: len(self._states)]
         with torch.inference_mode():
             if self._batch is None:
                 self._batch = SamplingBatch(self._states, values.device)
             sampled = sample(values, self._batch)
         return SampledRows(sampled.token_ids.tolist(), sampled.logprobs, sampled.failed)
+
+    def draws(self, num_ahead: int) -> Draws | None:
+        """What a GPU draws the next tokens with, when `num_ahead` tokens of each sequence are not in its list yet.
+
+        None if no token is drawn, or if tokens are chosen on the host.
+        """
+        if not self.is_on_device or not self._drawn_rows:
+            return None
+        uniforms = np.zeros(len(self._states))
+        for row in self._drawn_rows:
+            uniforms[row] = self._states[row].uniform(num_ahead)
+        return Draws(self._temperatures, uniforms)
 
     def alone(self, row: int, logits: Logits) -> tuple["RowSampler", Logits]:
         """The sampler of one sequence, and its logits."""
@@ -108,6 +128,6 @@ class RowSampler:
         failed = () if isfinite(sum(highest)) else [row for row, one in enumerate(highest) if not isfinite(one)]
         return SampledRows(self._ids.tolist(), {}, failed)
 
-    def _greedy_on_device(self, tokens: PendingTokens) -> SampledRows:
+    def _chosen_on_device(self, tokens: PendingTokens) -> SampledRows:
         token_ids, failed = tokens.read(len(self._states))
         return SampledRows(token_ids, {}, failed)

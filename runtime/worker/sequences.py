@@ -85,6 +85,11 @@ class DecodeBatch(Sequence[WorkerSequence]):
         if len(self._steps) >= MAX_KEPT_STEPS:
             self.settle()
 
+    @property
+    def num_kept(self) -> int:
+        """The tokens of each sequence that are not in it yet."""
+        return len(self._steps)
+
     def last_token_ids(self) -> list[int]:
         return self._steps[-1] if self._steps else [sequence.last_token_id for sequence in self._sequences]
 

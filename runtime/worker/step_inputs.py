@@ -6,8 +6,10 @@ request that begins a block gets a new entry in the block table.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sageLLM.runtime.executor.buckets import Buckets
@@ -21,12 +23,20 @@ COLUMNS = (*ADVANCING, "ids", "rows", "q_start")
 MAX_KEPT_VIEWS = 256
 
 
+class Draws(NamedTuple):
+    """The temperatures of the first rows with logits, 0 for greedy ones, and a uniform number in [0, 1) for each."""
+
+    temperatures: npt.NDArray[np.float64]
+    uniforms: npt.NDArray[np.float64]
+
+
 class StepInputs:
     """The inputs of one worker's steps. The tensors that `make` returns are valid until its next call.
 
     `max_blocks` is the length of the longest possible block table and the width of every row, so that the table's shape
     depends on the number of sequences only: native plans are reused as contexts grow. With `buckets`, for a GPU, tables
-    have the smallest of a few widths, and steps of decodes alone are padded to one of a few numbers of rows.
+    have the smallest of a few widths, and steps of decodes alone are padded to one of a few numbers of rows; the inputs
+    then have the numbers of `Draws`, as bits in i32.
 
     `pos` are rows of `tables`, which differ from the positions of a sequence where its length changes the rotation.
     """
@@ -46,10 +56,16 @@ class StepInputs:
         self._num_padded = 0  # the rows of a step of decodes with those of padding, 0 if they are not filled
         self._last_rows: Sequence[int] | None = None
         self._views: dict[tuple[int, int, int, int], Inputs] = {}
-        self._num_tokens = self._num_sequences = 0
+        self._num_tokens = self._num_sequences = self._num_drawn = 0
         self._reserve(1, 1)
 
-    def make(self, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
+    def make(
+        self,
+        decodes: DecodeBatch,
+        chunks: Sequence[SequenceChunk],
+        rows: Sequence[int],
+        draws: Draws | None = None,
+    ) -> Inputs:
         """The inputs of a step with these decodes and chunks; `rows` are the token rows that need logits.
 
         If `decodes` is the object of the step before, each of its sequences must have one more token than then; if
@@ -63,6 +79,7 @@ class StepInputs:
         else:
             padded = self._buckets.num_rows(num_decodes)
             self._reserve(max(num_tokens, len(rows), padded), max(num_sequences, padded))
+            self._put_draws(draws)
         if not num_decodes:
             self._decodes = None  # the chunks overwrite the rows of the last decodes
         elif decodes is self._decodes:
@@ -87,6 +104,13 @@ class StepInputs:
             return self._inputs(num_tokens, num_sequences, len(rows), width)
         padded = self._pad(num_decodes, self._buckets)
         return self._inputs(padded, padded, padded, width)
+
+    def _put_draws(self, draws: Draws | None) -> None:
+        self._temperature[: self._num_drawn] = 0.0
+        self._num_drawn = 0 if draws is None else len(draws.temperatures)
+        if draws is not None:
+            self._temperature[: self._num_drawn] = draws.temperatures
+            self._uniform[: self._num_drawn] = draws.uniforms
 
     def _longest(self, num_decodes: int, chunks: Sequence[SequenceChunk]) -> int:
         """The tokens of the longest sequence of the step."""
@@ -183,6 +207,13 @@ class StepInputs:
         columns = np.zeros((len(COLUMNS), length), np.int32)
         self._columns = columns[: len(ADVANCING)]
         arrays: dict[str, Ints] = {**dict(zip(COLUMNS, columns, strict=True)), "block_table": table}
+        if self._buckets is not None:
+            self._temperature, self._uniform = np.zeros(length, np.float32), np.zeros(length)
+            arrays |= {
+                "draw_temperature": self._temperature.view(np.int32),
+                "draw_uniform": self._uniform.view(np.int32),
+            }
+            self._num_drawn = 0
         self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self._pos, self._slots, self._seq_lens, self._ids, self._rows, self._q_start = columns
         self._block_table = table
@@ -201,6 +232,7 @@ class StepInputs:
         if inputs is None:
             lengths = dict.fromkeys(("ids", "pos", "slots"), num_tokens) | {"rows": num_rows}
             lengths |= {"seq_lens": num_sequences, "block_table": num_sequences, "q_start": num_sequences + 1}
+            lengths |= {"draw_temperature": num_rows, "draw_uniform": 2 * num_rows}
             inputs = {name: tensor[: lengths[name]] for name, tensor in self._tensors.items()}
             inputs["block_table"] = self._tensors["block_table"][:num_sequences, :width]
             if len(self._views) >= MAX_KEPT_VIEWS:

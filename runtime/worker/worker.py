@@ -132,7 +132,7 @@ class Worker:
         return result
 
     def launch(self, order: StepOrder, *, follows: bool) -> "LaunchedStep | None":
-        """Starts a step of greedy decodes on a GPU without waiting for it; None for any other order, to be run.
+        """Starts a step of decodes on a GPU without waiting for it; None for others, which are run.
 
         If it `follows` a launched step that is not finished, its decodes must be those of that step.
         """
@@ -141,11 +141,15 @@ class Worker:
             return None
         decodes = self._sequences.decodes(order)
         rows, sampler = self._decode_parts(decodes)
-        if not sampler.is_plain_greedy or sampler.constraints or not self.runner.can_follow(len(decodes)):
+        if not sampler.is_on_device or sampler.constraints or not self.runner.can_follow(len(decodes)):
             return None
         self.begin(order)
+        draws = sampler.draws(decodes.num_kept + follows)
         try:
-            logits = self.runner.run_after(decodes, rows) if follows else self.runner.run("decode", decodes, [], rows)
+            if follows:
+                logits: Logits | None = self.runner.run_after(decodes, rows, draws)
+            else:
+                logits = self.runner.run("decode", decodes, [], rows, draws)
         except Exception:
             self.runner.step_inputs.forget()
             return None
@@ -185,7 +189,8 @@ class Worker:
         if sampler.constraints and self._masks is not None and self.runner.model.pipeline_stage.is_last:
             self._masks.start(sampler.constraints)
         try:
-            logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
+            draws = sampler.draws(batch.decodes.num_kept)
+            logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows, draws)
         except Exception as error:
             if not self._isolates_failures:
                 raise
@@ -275,7 +280,7 @@ class Worker:
         result.token_ids[first_row : first_row + len(sequences)] = sampled.token_ids
         if isinstance(sequences, DecodeBatch):
             sequences.append(sampled.token_ids)
-            if not sampler.is_plain_greedy:
+            if not (sampler.is_plain_greedy or (sampler.is_on_device and logits.tokens is not None)):
                 sequences.settle()  # the next tokens depend on these
         else:
             for sequence, token_id in zip(sequences, sampled.token_ids, strict=True):

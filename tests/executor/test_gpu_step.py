@@ -13,11 +13,15 @@ from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.runtime.executor.buckets import Buckets, row_buckets, table_widths
 from sageLLM.runtime.executor.device_api import CudaApi
 from sageLLM.runtime.executor.token_reader import TokenReader, marked_tokens
+from sageLLM.runtime.sampling.sampler import scale_by_temperature
+from sageLLM.runtime.sampling.weights import invert_cdf, weigh
 
 from .recorded_device import MODEL, RecordedDevice, counted, llm_on
 from .stubbed_triton import launched, recorded_compilations
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=40, temperature=0.8, seed=5, ignore_eos=True)
+by_temperature = pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 SIZES = {"block_size": 4, "max_model_len": 200, "num_kv_blocks": 120}
 
 
@@ -25,11 +29,12 @@ def scheduler(mode: str) -> PDSchedulerConfig:
     return PDSchedulerConfig(mode=mode, max_decode_batch_size=6, max_prefill_tokens=32, prefill_chunk_size=24)
 
 
-def test_a_steady_decode_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait() -> None:
+@by_temperature
+def test_a_steady_decode_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait(params: SamplingParams) -> None:
     device = RecordedDevice()
     llm = llm_on(device, scheduler=scheduler("time_share"), async_scheduling=False, **SIZES)
     for number in range(3):
-        llm.engine.add(str(number), None, [5 + number, 7, 11], GREEDY)
+        llm.engine.add(str(number), None, [5 + number, 7, 11], params)
     for _ in range(6):
         llm.engine.step()
     for _ in range(20):  # blocks of 4 tokens: the tables grow meanwhile
@@ -38,7 +43,8 @@ def test_a_steady_decode_step_is_one_copy_in_one_replay_one_copy_out_and_one_wai
         assert counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1}
 
 
-def test_the_next_step_is_launched_before_the_tokens_of_this_one_are_read() -> None:
+@by_temperature
+def test_the_next_step_is_launched_before_the_tokens_of_this_one_are_read(params: SamplingParams) -> None:
     """At every wait of a steady decode the graphs of this step and of the next one have been started."""
     device = RecordedDevice()
     llm = llm_on(device, scheduler=scheduler("time_share"), **SIZES)
@@ -50,10 +56,10 @@ def test_the_next_step_is_launched_before_the_tokens_of_this_one_are_read() -> N
 
     device.before_wait = before_wait
     device.counts["replays"] = 0
-    [output] = llm.generate([[5, 7, 11]], GREEDY)
+    [output] = llm.generate([[5, 7, 11]], params)
     # The first wait is that of the prompt, and the first decode is launched after it.
     assert started[2:30] == [*range(3, 31)]
-    expected = LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True).generate([[5, 7, 11]], GREEDY)
+    expected = LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True).generate([[5, 7, 11]], params)
     assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids
 
 
@@ -111,6 +117,21 @@ def test_failed_rows_are_marked_in_the_tokens() -> None:
     pending = TokenReader(device).start(marked)
     assert pending.read(5) == ([1, 0, 0, 0, 0], [1, 2, 3])
     assert pending.rows(slice(3, 4)).read(1) == ([0], [0])
+
+
+def test_the_op_draws_what_the_engine_draws_on_a_cpu() -> None:
+    """Also at both ends of the distribution, and in a row that must stay greedy."""
+    torch.manual_seed(1)
+    logits, temperature = torch.randn(40, 5000) * 4, torch.rand(40) * 2 + 0.05
+    uniform = torch.rand(40, dtype=torch.float64)
+    uniform[:3] = torch.tensor([0.0, 1.0 - 2.0**-53, 0.5])
+    expected = invert_cdf(weigh(scale_by_temperature(logits, temperature)), uniform)
+    greedy = logits.argmax(-1)
+    temperature[-1] = 0.0
+    found = KERNELS["draw"](logits, greedy, temperature, uniform)
+    assert found[:-1].tolist() == expected[:-1].tolist()
+    assert found[-1] == greedy[-1]
+    assert (found != greedy).sum() > 10
 
 
 def test_graphs_are_captured_in_one_pool_next_to_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:

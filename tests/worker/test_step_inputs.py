@@ -7,7 +7,7 @@ import pytest
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.worker.sequences import MAX_KEPT_STEPS, DecodeBatch, SequenceChunk, WorkerSequence
-from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
+from sageLLM.runtime.worker.step_inputs import Draws, Inputs, StepInputs
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 BLOCK_SIZE = 4
@@ -34,8 +34,10 @@ class Checked(StepInputs):
 
     num_steps = 0
 
-    def make(self, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
-        made = super().make(decodes, chunks, rows)
+    def make(
+        self, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int], draws: Draws | None = None
+    ) -> Inputs:
+        made = super().make(decodes, chunks, rows, draws)
         together = [*(SequenceChunk(one, one.num_tokens - 1, 1) for one in decodes), *chunks]
         for name, column in plain_inputs(together).items():
             tensor = made[name]

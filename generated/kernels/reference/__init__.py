@@ -74,7 +74,7 @@ from .pooling import l2_norm, pool_first, pool_last, pool_mean
 from .position import rope, rope_interleaved, scale_by_position
 from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .row_prologues import add_rms_norm_linear, add_rms_norm_linear_silu_mul, rms_norm_linear
-from .sampling import sample, sample_shard
+from .sampling import draw, sample, sample_shard
 from .varlen_attention import varlen_attention
 from .views import (
     concat_last,
@@ -179,6 +179,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "add_rms_norm_linear": add_rms_norm_linear,
     "add_rms_norm_linear_silu_mul": add_rms_norm_linear_silu_mul,
     "sample": sample,
+    "draw": draw,
     "sample_shard": sample_shard,
     "varlen_attention": varlen_attention,
     "split_qkv": split_qkv,

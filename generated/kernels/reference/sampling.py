@@ -9,6 +9,7 @@ from torch import Tensor
 from .process_groups import process_group
 
 __all__ = [
+    "draw",
     "sample",
     "sample_shard",
 ]
@@ -46,6 +47,19 @@ def sample(
     drawn = (total <= noise.unsqueeze(1) * total[:, -1:]).sum(-1)
     last = logits.shape[1] - 1 - by_token.flip(-1).ne(0).int().argmax(-1)
     return torch.where(is_greedy, greedy, torch.minimum(drawn, last))
+
+
+# specs/ops/sampling.yaml: draw
+def draw(logits: Tensor, greedy: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [S] drawn from logits [S, V] at uniform numbers; those of `greedy` in rows with temperature 0."""
+    is_drawn = temperature > 0
+    below = logits - logits.gather(1, greedy.unsqueeze(1))
+    weights = (below / temperature.masked_fill(~is_drawn, 1).unsqueeze(1)).exp().mul(2.0**34).round()
+    mass = weights.cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    target = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = (mass <= target).sum(-1).clamp(max=logits.shape[1] - 1)
+    return torch.where(is_drawn, drawn, greedy)
 
 
 # specs/ops/sampling.yaml: sample_shard

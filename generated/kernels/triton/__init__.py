@@ -70,7 +70,7 @@ from .pooling import l2_norm, pool_first, pool_last
 from .position import rope, rope_interleaved, scale_by_position
 from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .row_prologues import add_rms_norm_linear, add_rms_norm_linear_silu_mul, rms_norm_linear
-from .sampling import sample
+from .sampling import draw, sample
 from .varlen_attention import varlen_attention
 
 __all__ = ["KERNELS", "TEMPLATES"]
@@ -153,6 +153,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "add_rms_norm_linear": add_rms_norm_linear,
     "add_rms_norm_linear_silu_mul": add_rms_norm_linear_silu_mul,
     "sample": sample,
+    "draw": draw,
     "varlen_attention": varlen_attention,
 }
 
@@ -169,6 +170,7 @@ TEMPLATES: dict[str, str] = {
     "head_linear": "linear",
     "lm_head_sample": "gemm_sample",
     "sample": "sample",
+    "draw": "draw",
     "varlen_attention": "varlen",
 }
 """The templates of kernels that are not made from equations, by which `targets` holds their configurations."""

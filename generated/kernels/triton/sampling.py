@@ -11,6 +11,7 @@ from ..reference.sampling import sample as reference_sample
 from . import device
 
 __all__ = [
+    "draw",
     "sample",
 ]
 
@@ -75,5 +76,104 @@ def sample(
     BLOCK_B = min(1024, triton.next_power_of_2(num_blocks))
     _sample_merge[(S,)](
         block_max, block_argmax, tokens, num_blocks, BLOCK_B, num_warps=1, num_stages=1, enable_fp_fusion=False
+    )
+    return tokens
+
+
+# specs/ops/sampling.yaml: draw
+@triton.jit
+def _draw_weights(logits, v, V, highest, temperature):
+    below = tl.load(logits + v, mask=v < V, other=float("-inf")) - highest
+    weights = tl.exp(tl.div_rn(below, temperature)).to(tl.float64) * 17179869184.0
+    return tl.where(v < V, (weights + 6755399441055744.0) - 6755399441055744.0, 0.0)  # 1.5 * 2**52 rounds to integers
+
+
+@triton.jit
+def _draw_sums(logits, greedy, temperature, sums, V, num_blocks, logits_row, BLOCK: tl.constexpr):
+    s, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heat = tl.load(temperature + s)
+    if heat > 0:
+        row = logits + s * logits_row
+        v = block * BLOCK + tl.arange(0, BLOCK)
+        weights = _draw_weights(row, v, V, tl.load(row + tl.load(greedy + s)), heat)
+        tl.store(sums + s * num_blocks + block, tl.sum(weights, 0))
+
+
+@triton.jit
+def _draw_tokens(
+    logits,
+    greedy,
+    temperature,
+    uniform,
+    sums,
+    tokens,
+    V,
+    num_blocks,
+    logits_row,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    s, b = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_B)
+    heat, token = tl.load(temperature + s), tl.load(greedy + s)
+    if heat > 0:
+        row, own = logits + s * logits_row, sums + s * num_blocks + b
+        parts = tl.zeros([BLOCK_B], tl.float64)
+        for start in range(0, num_blocks, BLOCK_B):
+            parts += tl.load(own + start, mask=b < num_blocks - start, other=0.0)
+        total = tl.sum(parts, 0)
+        below_total = (total.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)
+        target = tl.minimum(tl.load(uniform + s) * total, below_total)
+        passed = tl.zeros([BLOCK_B], tl.int32)  # blocks that end at or below the target, in each lane
+        before, earlier = total * 0.0, total * 0.0
+        for start in range(0, num_blocks, BLOCK_B):
+            mass = tl.load(own + start, mask=b < num_blocks - start, other=0.0)
+            is_passed = (b < num_blocks - start) & (earlier + tl.cumsum(mass, 0) <= target)
+            passed += is_passed.to(tl.int32)
+            before += tl.sum(tl.where(is_passed, mass, 0.0), 0)
+            earlier += tl.sum(mass, 0)
+        first = tl.sum(passed, 0) * BLOCK
+        v = first + tl.arange(0, BLOCK)
+        weights = _draw_weights(row, v, V, tl.load(row + token), heat)
+        is_below = (v < V) & (before + tl.cumsum(weights, 0) <= target)
+        token = tl.minimum(first + tl.sum(is_below.to(tl.int32), 0), V - 1).to(tl.int64)
+    tl.store(tokens + s, token)
+
+
+def draw(logits: Tensor, greedy: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [S] drawn from logits [S, V] at uniform numbers; those of `greedy` in rows with temperature 0."""
+    S, V = logits.shape
+    num_blocks = triton.cdiv(V, 4096)
+    tokens = torch.empty(S, dtype=torch.int64, device=logits.device)
+    sums = torch.empty(S, num_blocks, dtype=torch.float64, device=logits.device)
+    if S == 0:
+        return tokens
+    _draw_sums[(S, num_blocks)](
+        logits,
+        greedy,
+        temperature,
+        sums,
+        V,
+        num_blocks,
+        logits.stride(0),
+        BLOCK=4096,
+        num_warps=8,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    _draw_tokens[(S,)](
+        logits,
+        greedy,
+        temperature,
+        uniform,
+        sums,
+        tokens,
+        V,
+        num_blocks,
+        logits.stride(0),
+        BLOCK=4096,
+        BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)),
+        num_warps=8,
+        num_stages=1,
+        enable_fp_fusion=False,
     )
     return tokens

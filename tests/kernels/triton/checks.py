@@ -289,6 +289,10 @@ def sample_findings() -> Iterator[Finding]:
     logits[4, 8100] = logits[4, 4500] = torch.nan
     yield compared("sample", "greedy: a tie, the last one, nothing finite, NaN", "f32", [logits], {})
     yield compared("sample", "drawn", "f32", [logits[:3], *DRAWN], {})
+    heat = torch.tensor([0.7, 0.1, 0.0, 1.5, 1.0])
+    uniform = torch.tensor([0.3, 0.9, 0.5, 0.0, 1.0 - 2.0**-53], dtype=torch.float64)
+    logits = torch.randn(5, 9000)
+    yield compared("draw", "both ends, a greedy row", "f32", [logits, logits.argmax(-1), heat, uniform], {})
 
 
 def head_and_sample_findings(everything: bool) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from sageLLM.generated.ops import OPS
 DEVICE = torch.device(os.environ.get("SAGELLM_CHECK_DEVICE", "cpu"))
 GUARD = 2048  # elements: more than a row of the checks, so that a store one row too far does not damage the heap
 NAN_BITS = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
+NAN_BITS |= {torch.float64: 0x7FF8 << 48}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ROUNDED_LOGITS = {"lm_head", "lm_head_sample"}  # in float32, but rounded to the element type of the operands

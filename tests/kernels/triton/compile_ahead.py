@@ -64,7 +64,7 @@ HEAD_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
 """Sizes of keys and values; with the last ones, of absorbed latent attention, values are a part of the keys."""
 GROUPS = (1, 3, 4, 5, 7, 8, 16, 128)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-TORCH = {"i8": torch.int8, "bool": torch.bool, "i32": torch.int32, "i64": torch.int64}
+TORCH = {"f64": torch.float64, "i8": torch.int8, "bool": torch.bool, "i32": torch.int32, "i64": torch.int64}
 
 
 class Stub(DriverBase):
