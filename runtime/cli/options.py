@@ -7,19 +7,11 @@ imported by the functions, since the dataclasses are also of use without a comma
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
+
+from sageLLM.runtime.engine.options import Option as Option
 
 Command = Callable[..., None]
-
-
-class Option(NamedTuple):
-    """Help of an option; its flag if the name of the field is not it; the parser of a text; bounds of a number."""
-
-    help: str
-    flag: str | None = None
-    parser: Callable[[str], int] | None = None
-    min: float | None = None
-    max: float | None = None
 
 
 def with_request(kind: type[Any]) -> Callable[[Command], Command]:

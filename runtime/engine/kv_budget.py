@@ -94,14 +94,12 @@ def bytes_per_block(model: Model, block_size: int) -> int:
 def num_lower_blocks(model: Model, tier: str, gib: float, block_size: int) -> int:
     """The blocks of running requests in the tier below the device; none if `tier` is "device".
 
-    Raises SageError for an unknown tier, a size of less than a block, and on a GPU.
+    Raises SageError for an unknown tier, and a size of less than a block.
     """
     if tier not in ("device", "host", "disk"):
         raise SageError(f"kv_tier must be 'device', 'host' or 'disk', got {shown(tier)}")
     if tier == "device":
         return 0
-    if model.device.type != "cpu":
-        raise SageError(f"kv_tier {tier!r} requires device 'cpu', got {model.device.type!r}")
     num_blocks = num_tier_blocks(model, "kv_tier_space", gib, block_size)
     if not num_blocks:
         raise SageError(f"kv_tier_space must be more than 0 GiB with kv_tier={tier!r}")

@@ -1,39 +1,21 @@
 """`LLM`: vLLM's offline interface to the engine, for a Hugging Face checkpoint folder."""
 
 import itertools
-import logging
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Unpack, overload
 
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.engine.arguments import (
-    Backend,
-    check_count,
-    check_passes,
-    parse_device,
-    weights_placement,
-    with_kv_options,
-)
+from sageLLM.runtime.engine.arguments import Backend
 from sageLLM.runtime.engine.calls import SharedEngine
 from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.gpu_memory import (
-    check_utilization,
-    device_memory,
-    kv_cache_bytes,
-    step_bytes,
-    unloaded_bytes,
-)
-from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
-from sageLLM.runtime.engine.kv_events import KVEventPublisher, KVEventsConfig, read_config
+from sageLLM.runtime.engine.options import LLMOptions
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.parallelism import check_pd, choose_parallelism
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -44,31 +26,23 @@ from sageLLM.runtime.engine.prompts import (
 )
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
-from sageLLM.runtime.engine.start import start_engine
+from sageLLM.runtime.engine.start_llm import start_llm
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
-from sageLLM.runtime.executor.kernel_choice import reads_codes
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.executor.weight_stats import WeightStats, weight_stats
-from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.kv_form import KvCacheDtype
-from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
-from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
-from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.group_transfers import LoadFailurePolicy
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
-from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
-from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, place_weights
-from sageLLM.runtime.worker.faults import LOG
-from sageLLM.runtime.worker.ffn_workers import FfnWorkers
+from sageLLM.runtime.text.tokenizer import Tokenizer
+from sageLLM.runtime.worker.build import WeightsTier
 from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_group import TransportName
-from sageLLM.runtime.worker.node import serve_node
 
 
 class LLM:
@@ -188,141 +162,24 @@ class LLM:
         kv_load_failure_policy: LoadFailurePolicy = "recompute",
         kv_events_config: str | dict[str, Any] | None = None,
     ) -> None:
+        options = LLMOptions.of(locals())
         folder = model_folder(Path(model))
-        self._sampling_defaults = sampling_defaults(folder, generation_config)
-        torch_device = parse_device(device)
-        check_count("block_size", block_size)
-        if num_kv_blocks is not None:
-            check_count("num_kv_blocks", num_kv_blocks)
-        check_utilization(gpu_memory_utilization)
-        weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device)
-        parallelism = choose_parallelism(
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            num_ubatches=num_ubatches,
-            af=af,
-            distributed_executor_backend=distributed_executor_backend,
-            nnodes=nnodes,
-            node_rank=node_rank,
-            master_addr=master_addr,
-            master_port=master_port,
-            weights_tier=weights_tier,
-            kv_tier=kv_tier,
-            prefill_workers=prefill_workers,
-            decode_workers=decode_workers,
-            prefill_tensor_parallel_size=prefill_tensor_parallel_size,
-            decode_tensor_parallel_size=decode_tensor_parallel_size,
-            decode_block_size=decode_block_size,
-            kv_transport=kv_transport,
-            kv_load_failure_policy=kv_load_failure_policy,
-        )
-        config = scheduler or PDSchedulerConfig(mode="hybrid")
-        check_pd(parallelism, config, torch_device)
-        kv_events = read_config(kv_events_config)
-        if kv_events is not None and (parallelism.pd is not None or af is not None or kv_tier != "device"):
-            raise SageError("kv_events_config requires one prefix cache: omit prefill_workers, af and kv_tier")
-        if parallelism.node is not None and parallelism.node.node_rank > 0:
-            serve_node(parallelism.node)
-            raise SystemExit(0)
-        self._backend = parallelism.backend
-        registry = load_registry(plugins)
-        check_passes(disable_passes, registry)
-        # The probe is a process, which runs while the weights are loaded.
-        with nullcontext() if skip_tokenizer else closing(start_probe(folder)) as probe:
-            self.model = load_model(
-                folder,
-                registry,
-                dtype=dtype,
-                device=torch_device,
-                max_model_len=max_model_len,
-                tp=1 if parallelism.pd is not None else tensor_parallel_size,
-                pp=pipeline_parallel_size,
-                expert_parallel=enable_expert_parallel,
-                has_weights=self._backend == "uni",
-                is_streamed=weights.tier == "disk",
-                keeps_codes=reads_codes(kernels, torch_device),
-                kv_cache_dtype=kv_cache_dtype,
-            )
-            max_len = self.model.max_model_len
-            self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
-        if af is not None and not self.model.generates:
-            raise SageError(f"af must be None for {self.model.layout.name}, which computes embeddings")
-        self.compiler = make_compiler(self.model, registry, kernels, disable_passes, captures=not enforce_eager)
-        grammars = GrammarCompiler(folder, self.model.config.V, self.tokenizer)
-        if self._backend == "uni":
-            place_weights(self.model, self.compiler, folder, weights)
-        num_pools = parallelism.num_pools(config.mode == "strict")
-        device_bytes = None
-        if num_kv_blocks is None and self.model.generates and (memory := device_memory(torch_device)) is not None:
-            reserved = step_bytes(self.model, self.compiler, config, block_size)
-            reserved += unloaded_bytes(self.model) if self._backend == "mp" else 0
-            device_bytes = kv_cache_bytes(memory, gpu_memory_utilization, reserved)
-        self.kv_cache_size = choose_kv_cache_size(
-            self.model, config, block_size, num_kv_blocks, num_pools, device_bytes
-        )
-        budget = KVBudget(
-            self.kv_cache_size.num_blocks,
-            block_size,
-            num_lower_blocks=num_lower_blocks(self.model, kv_tier, kv_tier_space, block_size),
-            num_host_blocks=num_tier_blocks(self.model, "swap_space", swap_space, block_size),
-            num_disk_blocks=num_tier_blocks(self.model, "disk_space", disk_space, block_size),
-        )
-        config = with_kv_options(config, budget, enable_prefix_caching)
-        self._engine: Engine | None = None
-        self._ffn_workers: FfnWorkers | None = None
-        if self.model.generates:
-            LOG.log(logging.WARNING if self.kv_cache_size.exceeds_default else logging.INFO, "%s", self.kv_cache_size)
-            spec = WorkerSpec(
-                model=str(folder),
-                dtype=dtype,
-                device=device,
-                kernels=kernels,
-                max_model_len=max_len,
-                budget=budget,
-                is_split=config.mode == "strict",
-                plugins=[str(plugin) for plugin in plugins],
-                disable_passes=list(disable_passes),
-                disk_folder=None if disk_folder is None else str(disk_folder),
-                weights=weights,
-                kv_tier=kv_tier,
-                tp=tensor_parallel_size,
-                enable_expert_parallel=enable_expert_parallel,
-                num_ubatches=num_ubatches,
-                overlap_transfers=overlap_transfers,
-                pp=pipeline_parallel_size,
-                max_num_seqs=config.max_decode_batch_size,
-                max_num_batched_tokens=config.max_prefill_tokens,
-                enforce_eager=enforce_eager,
-                kv_cache_dtype=kv_cache_dtype,
-            )
-            self._engine, self._ffn_workers = start_engine(
-                spec,
-                parallelism,
-                self.model,
-                self.tokenizer,
-                self.compiler,
-                config,
-                grammars,
-                objective=objective,
-                eos_token_ids=read_eos_ids(folder),
-                async_scheduling=async_scheduling,
-            )
-        self._publish_kv_events(kv_events, block_size)
+        self._sampling_defaults = sampling_defaults(folder, options.generation_config)
+        started = start_llm(folder, options)
+        self.model, self.tokenizer, self.compiler = started.model, started.tokenizer, started.compiler
+        self.kv_cache_size = started.kv_cache_size
+        self._backend, self._engine, self._ffn_workers = started.backend, started.engine, started.ffn_workers
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(
             self.model,
             self.compiler,
-            max_tokens=config.max_prefill_tokens,
-            block_size=block_size,
+            max_tokens=started.config.max_prefill_tokens,
+            block_size=options.block_size,
             exclusive=self.shared.exclusive,
         )
         self._recipe = read_recipe(Path(model))
         self._ids = itertools.count()
         self._chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
-
-    def _publish_kv_events(self, config: KVEventsConfig | None, block_size: int) -> None:
-        if config is not None and self._engine is not None:
-            self._engine.publish_kv_events(KVEventPublisher(config, block_size))
 
     @property
     def engine(self) -> Engine:

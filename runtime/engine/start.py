@@ -32,9 +32,9 @@ class StartedWorkers(NamedTuple):
 
 
 class StartedEngine(NamedTuple):
-    """An engine, and the FFN workers of attention-FFN disaggregation."""
+    """An engine, and the FFN workers of attention-FFN disaggregation; no engine for a model without text."""
 
-    engine: Engine
+    engine: Engine | None
     ffn_workers: FfnWorkers | None
 
 

@@ -10,7 +10,7 @@ import pytest
 from sageLLM import LLM, PDSchedulerConfig
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.engine import kv_budget
-from sageLLM.runtime.engine import llm as llm_module
+from sageLLM.runtime.engine import start_llm as start_module
 from sageLLM.runtime.engine.gpu_memory import DeviceMemory, kv_cache_bytes, step_bytes, unloaded_bytes
 from sageLLM.runtime.engine.kv_budget import KVCacheSize, choose_kv_cache_size
 from sageLLM.runtime.errors import SageError
@@ -81,7 +81,7 @@ def test_a_gpu_has_a_fraction_of_its_memory_less_what_is_used(llm: LLM, monkeypa
     assert kv_cache_bytes(memory, 0.9, reserved=100 * 2**20) == 500 * 2**20
     with pytest.raises(SageError, match="raise it, or lower max_num_batched_tokens or max_num_seqs"):
         kv_cache_bytes(memory, 0.3, reserved=0)
-    monkeypatch.setattr(llm_module, "device_memory", lambda device: memory)
+    monkeypatch.setattr(start_module, "device_memory", lambda device: memory)
     reserved = step_bytes(llm.model, llm.compiler, HYBRID, 16)
     assert HYBRID.max_prefill_tokens * llm.model.config.H * 4 < reserved < 100 * 2**20
     found = LLM(MODEL, dtype="float32", max_model_len=128, skip_tokenizer=True, gpu_memory_utilization=0.5)

@@ -181,9 +181,12 @@ def test_killed_workers_cost_no_request(several: LLM, alone: LLM, caplog: pytest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefill_workers": 1}, "prefill_workers and decode_workers must be set together"),
+        ({"prefill_workers": 1}, "prefill_workers requires decode_workers: both roles"),
         ({"prefill_workers": 0, "decode_workers": 1}, "prefill_workers must be an integer of at least 1, got 0"),
-        ({"scheduler": PDSchedulerConfig(mode="hybrid")}, r"require mode 'strict' \(--pd strict\), got 'hybrid'"),
+        (
+            {"scheduler": PDSchedulerConfig(mode="hybrid")},
+            "requires mode 'strict', got 'hybrid': only --pd strict",
+        ),
         ({"af": "1:1"}, "prefill_workers must not be combined with af"),
         ({"pipeline_parallel_size": 2}, "prefill_workers must not be combined with pipeline_parallel_size=2"),
         ({"kv_tier": "host"}, "prefill_workers must not be combined with kv_tier='host'"),

@@ -3,17 +3,22 @@
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pages import ROOT
 from typer.testing import CliRunner
 
 from sageLLM.runtime.cli import engine_options
 from sageLLM.runtime.cli.engine_options import EngineOptions, parse_count
 from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.engine.combinations import ANY, COMBINATIONS, MODE, Combination, as_table, problems
 from sageLLM.runtime.engine.llm import LLM
+from sageLLM.runtime.engine.options import LLMOptions
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.worker.build import WorkerSpec
 
 BY_COMMAND = {"self", "model", "skip_tokenizer"}
 """Arguments of `LLM` that a command decides itself."""
@@ -28,6 +33,46 @@ def test_every_argument_of_llm_is_an_option_with_the_same_default() -> None:
     for name, value in arguments.items():
         default = parameters[name].default
         assert value == (list(default) if default == () else default), name
+
+
+def test_the_record_of_the_options_has_the_parameters_of_llm() -> None:
+    parameters = dict(inspect.signature(LLM.__init__).parameters)
+    for name in ("self", "model"):
+        del parameters[name]
+    assert {option.name: option.default for option in fields(LLMOptions)} == {
+        name: one.default for name, one in parameters.items()
+    }
+
+
+def test_workers_get_the_options_of_the_same_names() -> None:
+    same = {option.name for option in fields(LLMOptions)} & set(WorkerSpec.__struct_fields__)
+    assert same >= {"device", "dtype", "kernels", "kv_tier", "num_ubatches", "overlap_transfers", "enforce_eager"}
+
+
+@pytest.mark.parametrize("one", COMBINATIONS, ids=lambda one: f"{one.option}-{one.other}")
+def test_the_table_of_combinations_decides(one: Combination) -> None:
+    """Each entry is violated by a setting of its own options, and the message names both and the reason."""
+    values: dict[str, Any] = {option.name: option.default for option in fields(LLMOptions)} | {MODE: "strict"}
+    assert list(problems(values)) == []
+    values[one.option] = "set"
+    if one.needs is None:
+        values[one.other] = 2
+    elif one.needs != ANY:
+        values[one.other] = "cuda:1" if one.other == "device" else "other"
+    (found,) = [text for text in problems(values) if f"{one.option} " in text and f" {one.other}" in text]
+    assert found.endswith(f": {one.why}")
+    if one.needs not in (None, ANY):
+        assert one.problem(values | {one.other: one.needs}) is None
+
+
+def test_the_table_of_combinations_is_in_the_docs() -> None:
+    assert as_table() in (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+
+
+def test_the_command_line_reads_the_table() -> None:
+    done = CliRunner().invoke(app, ["run", "nowhere", "--prompt", "a", "--weights-budget", "2"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: weights_budget requires weights_tier 'disk', got 'device': ")
 
 
 def test_options_of_the_scheduler_reach_its_config() -> None:
