@@ -24,7 +24,7 @@ class Combination(NamedTuple):
     needs: str | None = None
 
     def problem(self, values: Mapping[str, Any]) -> str | None:
-        """What is wrong with these values of the options, or None."""
+        """The violation by these values of the options, or None."""
         value = values[self.other]
         if not is_set(self.option, values):
             return None
@@ -43,8 +43,8 @@ COMBINATIONS = (
     Combination("af", "pipeline_parallel_size", "attention workers are single ranks"),
     Combination("af", "weights_tier", "its workers keep their weights in memory"),
     Combination("af", "kv_tier", "its workers keep the KV of running requests in memory"),
-    Combination("prefill_workers", "decode_workers", "both roles have workers of their own, or none", ANY),
-    Combination("decode_workers", "prefill_workers", "both roles have workers of their own, or none", ANY),
+    Combination("prefill_workers", "decode_workers", "both roles have separate workers, or neither", ANY),
+    Combination("decode_workers", "prefill_workers", "both roles have separate workers, or neither", ANY),
     Combination("prefill_workers", MODE, "only --pd strict has two roles", "strict"),
     Combination("prefill_workers", "device", "workers of a role run on CPUs only", "cpu"),
     Combination("prefill_workers", "af", "use one of the two"),
@@ -54,9 +54,9 @@ COMBINATIONS = (
     Combination("kv_events_config", "prefill_workers", "events describe one prefix cache"),
     Combination("kv_events_config", "af", "events describe one prefix cache"),
     Combination("kv_events_config", "kv_tier", "events describe one prefix cache"),
-    Combination("weights_tier", "device", "a GPU has no tier for weights yet", "cpu"),
+    Combination("weights_tier", "device", "weights of a GPU stay in its memory", "cpu"),
     Combination("weights_budget", "weights_tier", "the weights are in memory otherwise", "disk"),
-    Combination("kv_tier", "device", "a GPU has no tier for running requests yet", "cpu"),
+    Combination("kv_tier", "device", "the KV of a GPU's running requests stays in its memory", "cpu"),
 )
 """All of them; those that depend on the model or the machine are checked where these are known."""
 
@@ -73,7 +73,7 @@ def check_combinations(options: LLMOptions, mode: str) -> None:
 
 
 def problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the values of all options and of the mode."""
+    """The violations by the values of all options and of the mode."""
     return (found for one in COMBINATIONS if (found := one.problem(values)) is not None)
 
 

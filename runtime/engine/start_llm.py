@@ -45,7 +45,7 @@ from sageLLM.runtime.worker.node import serve_node
 
 
 class StartedLLM(NamedTuple):
-    """What an `LLM` consists of; without an engine for a model that only computes embeddings."""
+    """The parts of an `LLM`; without an engine for a model that only computes embeddings."""
 
     model: Model
     tokenizer: Tokenizer | None
