@@ -3,7 +3,8 @@
     python benchmarks/serving.py [--model FOLDER | --shape 135m] [--streams 32] [--rounds 5]
 
 Rounds alternate between the two, each side with a warm engine; figures are medians. The same prompts of token ids, the
-same lengths and greedy sampling. `LLM` streams too, so both produce every token at its step. A shape is a checkpoint of
+same lengths and greedy sampling. The client of the server runs on the same cores, and its processor time is printed
+too. `LLM` streams too, so both produce every token at its step. A shape is a checkpoint of
 random weights without a tokenizer (`benchmarks/peers/shapes.py`), so its answers have no text.
 """
 
@@ -27,6 +28,7 @@ import numpy as np
 from peers.shapes import SHAPES, checkpoint
 
 from sageLLM import LLM, SamplingParams
+from sageLLM.runtime.cli.serve import loop_factory
 from sageLLM.runtime.server.http_client import Address
 from sageLLM.runtime.server.load import LoadPlan, run_load
 
@@ -79,7 +81,8 @@ def ttft_of_llm(llm: LLM, prompt: list[int]) -> float:
 def load(address: Address, prompts: list[list[int]], num_tokens: int, name: str) -> tuple[float, list[float]]:
     """Tokens per second and the times to the first token."""
     plan = LoadPlan(prompts=prompts, output_len=num_tokens, model=name)
-    outcomes, seconds = asyncio.run(run_load(plan, address))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        outcomes, seconds = runner.run(run_load(plan, address))
     assert all(not one.error for one in outcomes), outcomes[0].error
     return sum(one.output_len for one in outcomes) / seconds, [one.ttft for one in outcomes]
 
@@ -105,16 +108,18 @@ def main() -> None:
         return [[draw.randrange(vocab) for _ in range(options.input_len)] for _ in range(count)]
 
     llm = LLM(options.model, skip_tokenizer=options.shape is not None)
-    ours, http, ours_ttft, http_ttft, front_us = [], [], [], [], []
+    ours, http, ours_ttft, http_ttft, front_us, client_us = [], [], [], [], [], []
     with server(options.model) as (address, pid):
         throughput_of_llm(llm, prompts(options.streams), options.output_len)
         load(address, prompts(options.streams), options.output_len, str(options.model))
         for _ in range(options.rounds):
             some = prompts(options.streams)
             ours.append(throughput_of_llm(llm, some, options.output_len))
-            before = cpu_seconds(pid)
+            before, own = cpu_seconds(pid), time.process_time()
             http.append(load(address, some, options.output_len, str(options.model))[0])
-            front_us.append(1e6 * (cpu_seconds(pid) - before) / (options.streams * options.output_len))
+            num_tokens = options.streams * options.output_len
+            front_us.append(1e6 * (cpu_seconds(pid) - before) / num_tokens)
+            client_us.append(1e6 * (time.process_time() - own) / num_tokens)
             for prompt in prompts(options.idle_requests // options.rounds):
                 ours_ttft.append(ttft_of_llm(llm, prompt))
                 http_ttft += load(address, [prompt], 2, str(options.model))[1]
@@ -125,6 +130,7 @@ def main() -> None:
         "http_tokens_per_s": statistics.median(http),
         "throughput_ratio": ratio,
         "front_cpu_us_per_token": statistics.median(front_us),
+        "client_cpu_us_per_token": statistics.median(client_us),
         "llm_ttft_ms": 1e3 * statistics.median(ours_ttft),
         "http_ttft_ms": 1e3 * statistics.median(http_ttft),
         "http_ttft_p90_ms": 1e3 * float(np.percentile(http_ttft, 90)),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sageLLM.runtime.cli.bench_serve import WORDS
+from sageLLM.runtime.cli.serve import loop_factory
 from sageLLM.runtime.server.http_client import Address, Connection, HttpError
 from sageLLM.runtime.server.load import LoadPlan, run_load
 
@@ -73,7 +74,8 @@ async def _name(address: Address, process: subprocess.Popen[bytes]) -> str:
 def measure(address: Address, name: str, prompts: list[list[int] | str], num_tokens: int) -> Figures:
     """One load: all prompts at once."""
     plan = LoadPlan(prompts=prompts, output_len=num_tokens, model=name)
-    outcomes, seconds = asyncio.run(run_load(plan, address))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        outcomes, seconds = runner.run(run_load(plan, address))
     failed = [one.error for one in outcomes if one.error]
     assert not failed, failed[0]
     ttft = statistics.median(one.ttft for one in outcomes)

@@ -67,9 +67,9 @@ def _torch() -> Iterator[Finding]:
 
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
-        yield Finding("ok", "gpu", torch.cuda.get_device_name(0))
+        yield Finding("ok", "device", torch.cuda.get_device_name(0))
     else:
-        yield Finding("ok", "gpu", "none found; the engine runs on the CPU")
+        yield Finding("ok", "device", "none found; the engine runs on the CPU")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() > num_cores:
         remedy = f"set OMP_NUM_THREADS={num_cores}"

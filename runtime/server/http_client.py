@@ -65,6 +65,8 @@ class Connection:
         try:
             data = b"" if body is None else msgspec.json.encode(body)
             fields = {"host": self._address.host, "content-length": str(len(data)), "connection": "close"}
+            if data:
+                fields["content-type"] = "application/json"  # other servers refuse a body without it
             head = [f"{method} {self._address.prefix}{path} HTTP/1.1"]
             head += [f"{name}: {value}" for name, value in {**fields, **self._headers}.items()]
             writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + data)
