@@ -91,18 +91,23 @@ class Client:
 
     def receive(self, seconds: float) -> None:
         """Reads what arrives within the time, or nothing."""
-        for key, _ in self._selector.select(max(0.0, seconds)):
+        arrived = [(key, *self._read(key.fileobj)) for key, _ in self._selector.select(max(0.0, seconds))]
+        for key, chunk, now in arrived:
             post: Post = key.data
             sock = key.fileobj
             assert isinstance(sock, socket.socket)
-            chunk = sock.recv(65536)
-            now = time.perf_counter()
             post.first = post.first or now
             post.data += chunk
             if post.is_whole or not chunk:
                 post.end = now
                 self._selector.unregister(sock)
                 self._idle.append(sock) if chunk else sock.close()
+
+    @staticmethod
+    def _read(sock: object) -> tuple[bytes, float]:
+        """What has arrived, and when. All sockets are read before any answer is looked at."""
+        assert isinstance(sock, socket.socket)
+        return sock.recv(65536), time.perf_counter()
 
     def close(self) -> None:
         for sock in self._idle:
