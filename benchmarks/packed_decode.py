@@ -60,14 +60,17 @@ def quantised(shape: str, form: str, cache: Path) -> Path:
     sys.path.insert(0, str(HERE / "peers"))
     from shapes import checkpoint
 
-    from sageLLM.runtime.loader.quantize import Scheme, quantize_checkpoint
+    from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
+    from sageLLM.runtime.quantize.scheme import Scheme
+    from sageLLM.runtime.registry.plugins import load_registry
 
     source: Path = checkpoint(shape, cache)
     out = source.with_name(f"{source.name}-{form}")
     if form == "bf16":
         return source
     if not out.exists():
-        quantize_checkpoint(source, out, Scheme.parse(form))
+        registry = load_registry()
+        quantize_checkpoint(source, out, Scheme.parse(form, registry.methods), registry)
     return out
 
 

@@ -1,6 +1,7 @@
 """Perplexity and agreement of quantised copies of a model with the model itself, on texts of this repository.
 
 `python benchmarks/quantized_accuracy.py [MODEL]`; the default is the bundled model, which was trained on Python files.
+Copies of the method gptq are calibrated with other files than those of the perplexity.
 """
 
 import math
@@ -10,12 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.loader.quantize import Scheme, quantize_checkpoint
+from sageLLM.runtime.quantize.calibration import sequences_of
+from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
+from sageLLM.runtime.quantize.scheme import Scheme
+from sageLLM.runtime.registry.plugins import load_registry
+from sageLLM.runtime.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ("runtime/scheduler/*.py", "runtime/kv/*.py", "runtime/text/*.py")
-FORMATS = ("int8", "int4-g16", "int4-g32", "int4-g64")
+CALIBRATION = ("runtime/engine/*.py", "runtime/worker/*.py")
+COPIES = (
+    ("int8", "nearest", False),
+    ("fp8", "nearest", False),
+    *((f"int4-g{size}", method, False) for size in (16, 32, 64) for method in ("nearest", "gptq")),
+    ("int4-g32", "gptq", True),
+)
+"""Formats with the method, and whether the head is quantised too."""
 NUM_TOKENS = 256
+NUM_SAMPLES = 128
 SCORES = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
 
 
@@ -39,12 +52,24 @@ def main() -> None:
     model = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "examples" / "tiny_python_model"
     perplexity, best = scores(model)
     print(f"as stored: perplexity {perplexity:.3f} over {len(best)} tokens")
+    registry = load_registry()
+    text = "".join(path.read_text(encoding="utf-8") for pattern in CALIBRATION for path in sorted(ROOT.glob(pattern)))
+    sequences = sequences_of(text, Tokenizer.from_folder(model).encode, NUM_TOKENS, NUM_SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
-        for form in FORMATS:
-            quantize_checkpoint(model, Path(folder, form), Scheme.parse(form))
-            found, own = scores(Path(folder, form))
+        for form, method, include_head in COPIES:
+            out = Path(folder, f"{form}-{method}-{include_head}")
+            quantize_checkpoint(
+                model,
+                out,
+                Scheme.parse(form, registry.methods),
+                registry,
+                sequences=sequences if method == "gptq" else None,
+                include_head=include_head,
+            )
+            found, own = scores(out)
             equal = sum(a == b for a, b in zip(best, own, strict=True)) / len(best)
-            print(f"{form}: perplexity {found:.3f}, {100 * equal:.1f} % of the most probable tokens are equal")
+            name = f"{form}, {method}{', head too' if include_head else ''}"
+            print(f"{name}: perplexity {found:.3f}, {100 * equal:.1f} % of the most probable tokens are equal")
 
 
 if __name__ == "__main__":

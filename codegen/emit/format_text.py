@@ -182,6 +182,10 @@ class FormatText:
 
         return not any(uses(root) for root in (*self.format.let.values(), self.format.value))
 
+    def text_of(self, value: Value) -> str:
+        """An expression in parentheses, where it has operators."""
+        return self._atom(value)
+
     def _text(self, value: Value) -> tuple[str, int]:
         """The expression and the strength of its outermost operator."""
         match value:

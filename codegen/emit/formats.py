@@ -6,11 +6,14 @@ from typing import Any
 
 from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.emit.docs import _cell, _code, page, table
+from sageLLM.codegen.emit.format_stores import StoresText
 from sageLLM.codegen.emit.format_text import FormatText
 from sageLLM.codegen.kernel.codes import codes_of
 from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor
+from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header
+from sageLLM.codegen.schema.formats import Setting
 
 FOLDER = "formats"
 BASE = "sageLLM.generated.formats.values.algebra"
@@ -22,6 +25,21 @@ class FormatView:
 
     format: FormatDef
     text: FormatText
+
+    @property
+    def stores(self) -> StoresText | None:
+        """The function of the stored tensors, if checkpoints of the format are written."""
+        found = stores_of(self.format) if self.format.spec.write else None
+        return None if found is None else StoresText(self.format, found)
+
+    @property
+    def written(self) -> tuple[Any, ...]:
+        """The fields of `Written`, empty if such weights are not written."""
+        if (text := self.stores) is None:
+            return ()
+        spec, stores = self.format.spec, text.stores
+        schemes = {name: {key: _value(one) for key, one in settings.items()} for name, settings in spec.write.items()}
+        return (schemes, stores.kind, stores.scales.name, stores.zeros is not None, spec.scales, spec.shape)
 
     @property
     def tensors(self) -> list[tuple[str, str, list[tuple[str, tuple[str | int, ...], tuple[str | int, ...]]]]]:
@@ -57,13 +75,15 @@ def emit_method(method: MethodDef, renderer: Renderer, *, is_overlay: bool) -> l
     """`formats/awq.py` with `AWQ = QuantMethod(...)`, `formats/values/awq.py` with a function per format, the page."""
     spec, ref = method.spec, method.entry.ref
     formats = [FormatView(one, FormatText(one, codes_of(one))) for one in method.formats]
-    fields = {"groups": spec.groups, "skip": tuple(spec.skip), "keys": tuple(spec.keys)}
+    fields = {"groups": spec.groups, "skip": tuple(spec.skip), "keys": tuple(spec.keys), "writes": spec.writes}
     fields = {name: value for name, value in fields.items() if value}
     about = header(method.entry.doc.file, method.name)
     declared = renderer.render("format.py.jinja", method=method, formats=formats, fields=fields)
     helpers = BASE if is_overlay else ".algebra"
     names = sorted(
-        [one.name for one in method.formats] + [f"{one.format.name}_codes" for one in formats if one.text.codes]
+        [one.name for one in method.formats]
+        + [f"{one.format.name}_codes" for one in formats if one.text.codes]
+        + [f"{one.format.name}_stored" for one in formats if one.stores]
     )  # as ruff orders `__all__`
     values = renderer.render("format_values.py.jinja", method=method, formats=formats, names=names, helpers=helpers)
     return [
@@ -119,6 +139,10 @@ def _format_section(one: FormatDef) -> str:
             table(("", ""), facts),
         ]
     )
+
+
+def _value(value: Setting | list[int]) -> Setting | tuple[int, ...]:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _setting(value: str | int | bool | None) -> str:

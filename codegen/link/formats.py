@@ -12,6 +12,7 @@ from sageLLM.codegen.expr.types import split_dims
 from sageLLM.codegen.link.format_values import Scope, link_value
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.format import ELEMENTS, Extent, FormatDef, MethodDef, Stored, StoredTensor, Value, walk
+from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.names import why_not_a_function
 from sageLLM.codegen.schema.formats import FormatsFile, FormatSpec
 
@@ -61,7 +62,28 @@ class _FormatLinker:
         value = link_value(self._text("value"), scope)
         self._check_value(value, weight, scope)
         size = self._block_bytes(tensors) if self.spec.block else None
-        return FormatDef(self.name, self.spec, weight, dims, tuple(tensors), dict(scope.let), value, size)
+        found = FormatDef(self.name, self.spec, weight, dims, tuple(tensors), dict(scope.let), value, size)
+        if self.spec.write:
+            self._check_written(found)
+        return found
+
+    def _check_written(self, found: FormatDef) -> None:
+        """Written formats have a value with an inverse, and schemes that select the format by its settings."""
+        if stores_of(found) is None:
+            message = "a written value must be (codes - zeros) * scales of stored tensors, each of which is a part"
+            raise self._refuse(message, ("write",), "remove `write`, or write the value in this form")
+        keys = {key for key in self.spec.sizes.values() if isinstance(key, str)}
+        for name, settings in self.spec.write.items():
+            for key, value in settings.items():
+                known = found.when.get(key, ())
+                if value not in known and not any(one == key or one.startswith(f"{key}.") for one in keys):
+                    message = f"the scheme '{name}' sets '{key}' to {value!r}, which is not a value of the format"
+                    names = ", ".join(sorted({*found.when, *keys}))
+                    raise self._refuse(message, ("write", name, key), f"use a value of `when`, or a key of {names}")
+            holes = set(re.findall(r"\{(\w*)\}", name))
+            if not holes <= self.spec.sizes.keys():
+                message = f"the name '{name}' has {{{min(holes - self.spec.sizes.keys())}}}, which is not a size"
+                raise self._refuse_key(message, ("write", name), did_you_mean("", self.spec.sizes))
 
     def _check_names(self) -> None:
         if why := why_not_a_function(self.name):

@@ -38,6 +38,17 @@ class FormatSpec(Strict):
     tables: dict[str, list[int | float]] = Field(default={}, description="constants of `lut`, and orders of `bits`")
     let: dict[str, str] = Field(default={}, description="expressions by name, each of which may use those before it")
     value: str = Field(description="the weight as an expression of the tensors")
+    write: dict[str, dict[str, Setting | list[int]]] = Field(
+        default={},
+        description="names of `sagellm quantize --format`, with those settings of `when` that have several values; "
+        "`int4-g{G}` has the size G in its name",
+    )
+    shape: str | None = Field(default=None, description="an unused tensor that is written: i64[2], N and K")
+    scales: Literal["range", "largest", "extreme"] = Field(
+        default="range",
+        description="the scale of written codes: the range of the group over that of the codes, its largest magnitude "
+        "over the largest code, or its element of the largest magnitude, with its sign, over the lowest code",
+    )
 
 
 class FormatsFile(Strict):
@@ -52,4 +63,5 @@ class FormatsFile(Strict):
     )
     skip: list[str] = Field(default=[], description="keys with a list of modules that are not quantised")
     keys: list[str] = Field(default=[], description="further keys, which do not change values")
+    writes: dict[str, Setting] = Field(default={}, description="further settings of written checkpoints")
     formats: dict[str, FormatSpec] = Field(description="the formats; the first one with the settings is used")

@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=awq
 """AutoAWQ's groups of 4 bits with zero points (Lin et al., arXiv 2306.00978)."""
 
-from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart, Written
 
 __all__ = ["AWQ"]
 
@@ -21,6 +21,14 @@ AWQ = QuantMethod(
             when={"bits|w_bit": (4,), "version|format": ("gemm", None), "zero_point": (True, None)},
             sizes={"G": "group_size|q_group_size"},
             codes=Codes("4", "G", ""),
+            written=Written(
+                {"awq-g{G}": {}},
+                "4",
+                "scales",
+                True,
+                "range",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "qweight",

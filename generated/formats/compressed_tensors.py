@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=compressed_tensors
 """Checkpoints of the compressed-tensors library, which llm-compressor and `sagellm quantize` write."""
 
-from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart, Written
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -25,6 +25,7 @@ COMPRESSED_TENSORS = QuantMethod(
         "weights.scale_dtype",
         "weights.zp_dtype",
     ),
+    writes={"quantization_status": "compressed"},
     formats=(
         Format(
             name="packed",
@@ -42,6 +43,18 @@ COMPRESSED_TENSORS = QuantMethod(
             sizes={"b": "weights.num_bits", "G": "weights.group_size"},
             unused=("weight_shape",),
             codes=Codes("b", "G", ""),
+            written=Written(
+                {
+                    "int4-g{G}": {"weights.num_bits": 4, "weights.strategy": "group"},
+                    "int4": {"weights.num_bits": 4, "weights.strategy": "channel"},
+                    "int8-g{G}": {"weights.num_bits": 8, "weights.strategy": "group"},
+                },
+                "b",
+                "weight_scale",
+                False,
+                "range",
+                "weight_shape",
+            ),
             tensors=(
                 StoredPart(
                     "weight_packed",
@@ -76,6 +89,14 @@ COMPRESSED_TENSORS = QuantMethod(
             sizes={"b": "weights.num_bits", "G": "weights.group_size"},
             unused=("weight_shape",),
             codes=Codes("b", "G", ""),
+            written=Written(
+                {"int4-zeros-g{G}": {"weights.num_bits": 4, "weights.strategy": "group"}},
+                "b",
+                "weight_scale",
+                True,
+                "range",
+                "weight_shape",
+            ),
             tensors=(
                 StoredPart(
                     "weight_packed",
@@ -117,6 +138,14 @@ COMPRESSED_TENSORS = QuantMethod(
             sizes={"G": "weights.group_size"},
             unused=("input_scale", "input_zero_point"),
             codes=Codes("i8", "G", ""),
+            written=Written(
+                {"int8": {"weights.strategy": "channel"}},
+                "i8",
+                "weight_scale",
+                False,
+                "range",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "weight",
@@ -173,6 +202,14 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"G": "weights.group_size"},
             unused=("input_scale",),
+            written=Written(
+                {"fp8": {}},
+                "f8",
+                "weight_scale",
+                False,
+                "largest",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "weight",
@@ -203,6 +240,14 @@ COMPRESSED_TENSORS = QuantMethod(
                 "weights.strategy": ("tensor",),
             },
             unused=("input_scale",),
+            written=Written(
+                {"fp8-tensor": {}},
+                "f8",
+                "weight_scale",
+                False,
+                "largest",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "weight",
@@ -227,6 +272,14 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"P": "weights.block_structure.0", "Q": "weights.block_structure.1"},
             unused=("input_scale",),
+            written=Written(
+                {"fp8-block": {"weights.block_structure": (128, 128)}},
+                "f8",
+                "weight_scale",
+                False,
+                "largest",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "weight",

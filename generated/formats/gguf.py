@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=gguf
 """Types of tensors in GGUF files, as ggml defines them."""
 
-from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart, Written
 
 __all__ = ["GGUF"]
 
@@ -74,6 +74,14 @@ GGUF = QuantMethod(
             sizes={"B": 32},
             block_bytes=34,
             codes=Codes("i8", "32", ""),
+            written=Written(
+                {"q8_0": {}},
+                "i8",
+                "d",
+                False,
+                "largest",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "d",
@@ -102,6 +110,14 @@ GGUF = QuantMethod(
             sizes={"B": 32},
             block_bytes=18,
             codes=Codes("4", "32", ""),
+            written=Written(
+                {"q4_0": {}},
+                "4",
+                "d",
+                False,
+                "extreme",
+                None,
+            ),
             tensors=(
                 StoredPart(
                     "d",

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from sageLLM.runtime.cli.bench_commands import bench_app
+from sageLLM.runtime.cli.checkpoint_commands import quantize
 from sageLLM.runtime.cli.deploy_commands import deploy, plan
 from sageLLM.runtime.cli.dynamo_command import dynamo_worker
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
@@ -21,6 +22,7 @@ from sageLLM.runtime.server.settings import ServerSettings
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 app.command()(worker)
+app.command()(quantize)
 app.command()(deploy)
 app.command()(plan)
 app.command()(dynamo_worker)
@@ -265,18 +267,6 @@ def doctor(
     from sageLLM.runtime.cli.doctor import doctor as run_doctor
 
     raise typer.Exit(run_doctor(model, url, as_json=json))
-
-
-@app.command()
-def quantize(
-    model: Annotated[Path, typer.Argument(help="A checkpoint folder with float weights.")],
-    out: Annotated[Path, typer.Argument(help="The new folder.")],
-    format: Annotated[str, typer.Option(help="int8 (a scale per output), or int4-g32, -g64, -g128 (per group).")],
-) -> None:
-    """Write a copy of a checkpoint with linear weights rounded to 8 or 4 bits, in compressed-tensors' format."""
-    from sageLLM.runtime.cli.quantize import quantize as write_quantized
-
-    raise typer.Exit(write_quantized(model, out, format))
 
 
 @app.command()

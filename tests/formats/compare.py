@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
-from sageLLM.runtime.loader.quantize import Scheme, quantize_checkpoint
+from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
+from sageLLM.runtime.quantize.scheme import Scheme
 from sageLLM.runtime.registry.plugins import load_registry
 from tests.conftest import save_random_model, small_config
 from tests.formats import gguf_files
@@ -34,7 +35,8 @@ def check(name: str, model: torch.nn.Module, own: dict[str, torch.Tensor]) -> No
 
 def quantised(folder: Path, form: str) -> None:
     out = folder / form
-    quantize_checkpoint(TINY, out, Scheme.parse(form))
+    registry = load_registry()
+    quantize_checkpoint(TINY, out, Scheme.parse(form, registry.methods), registry, include_head=form == "int4")
     settings = transformers.CompressedTensorsConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, quantization_config=settings)
     checkpoint = open_checkpoint(out, load_registry())
@@ -63,7 +65,17 @@ def gguf(folder: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("int8", "int4-g32", "int4-g64"):
+        for form in (
+            "int8",
+            "int4-g32",
+            "int4-g64",
+            "int4",
+            "int8-g32",
+            "int4-zeros-g32",
+            "fp8",
+            "fp8-tensor",
+            "fp8-block",
+        ):
             quantised(Path(folder), form)
         gguf(Path(folder))
 

@@ -81,6 +81,7 @@ LAYERS = {
     "runtime/grammar": runtime_layer("text", "sampling", "grammar", others="torch numpy", lazily="llguidance"),
     "runtime/transport": runtime_layer("transport", "kernels", others="torch msgspec", lazily="nixl"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "grammar", "worker", others="torch numpy msgspec"),
+    "runtime/quantize": runtime_layer(*BELOW_WORKER, "worker", "quantize", others="torch numpy"),
     "runtime/worker/fingerprint.py": Layer(
         ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"), others=frozenset({"torch"})
     ),
@@ -107,6 +108,7 @@ LAYERS = {
     "runtime/cli/serve_engine.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"msgspec"})),
     "runtime/cli/serve_options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer", "yaml"})),
     "runtime/cli/bench_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
+    "runtime/cli/checkpoint_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/worker_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer"})),
     "runtime/cli/deploy.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
@@ -356,7 +358,8 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
 LOADED = """
 import importlib, pathlib, sys
 import sageLLM
-COMMANDS = ("main.py", "bench_commands.py", "deploy_commands.py", "dynamo_command.py", "worker_command.py")
+COMMANDS = ("main.py", "bench_commands.py", "checkpoint_commands.py", "deploy_commands.py", "dynamo_command.py",
+            "worker_command.py")
 root = pathlib.Path(sageLLM.__file__).parent
 for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
     if path.stem != "__main__" and "triton" not in path.parts and path.name not in COMMANDS:

@@ -24,6 +24,20 @@ def bits(words: Tensor, width: int, dim: int, *, order: Sequence[int] | None = N
     return found.flatten(-3).movedim(-1, dim)
 
 
+def words(
+    fields: Tensor, width: int, dim: int, element: torch.dtype, *, order: Sequence[int] | None = None, run: int = 1
+) -> Tensor:
+    """Words with these fields along `dim`: the inverse of `bits`, with zeros after the last field."""
+    found = fields.movedim(dim, -1).to(torch.int32)
+    count = element.itemsize * 8 // width
+    found = torch.nn.functional.pad(found, (0, -found.shape[-1] % (count * run)))
+    found = found.reshape(*found.shape[:-1], -1, count, run)
+    packed = torch.zeros_like(found[..., 0, :])
+    for i, position in enumerate(range(count) if order is None else order):
+        packed |= found[..., i, :] << position * width
+    return packed.flatten(-2).to(element).movedim(-1, dim).contiguous()
+
+
 def lookup(codes: Tensor, table: Sequence[float], of: torch.dtype) -> Tensor:
     """The elements of the table at the codes."""
     return torch.tensor(table, dtype=of)[codes]

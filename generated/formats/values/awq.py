@@ -5,11 +5,12 @@
 import torch
 from torch import Tensor
 
-from .algebra import bits
+from .algebra import bits, words
 
 __all__ = [
     "awq",
     "awq_codes",
+    "awq_stored",
 ]
 
 
@@ -39,3 +40,18 @@ def awq_codes(
     """Codes and scales of awq, and zeros if there are any."""
     ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
     return bits(qweight, 4, 1, order=ORDER)[:, :N].T, scales.T, bits(qzeros, 4, 1, order=ORDER)[:, :N].T
+
+
+# specs/formats/awq.yaml: awq
+def awq_stored(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of awq, from codes [N, K] and an element per group of each other part."""
+    ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+    return {
+        "qweight": words(codes.T, 4, 1, torch.int32, order=ORDER),
+        "qzeros": words(zeros.T, 4, 1, torch.int32, order=ORDER),
+        "scales": scales.T,
+    }

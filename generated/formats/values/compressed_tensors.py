@@ -5,21 +5,27 @@
 import torch
 from torch import Tensor
 
-from .algebra import bits, lookup
+from .algebra import bits, lookup, words
 
 __all__ = [
     "fp8",
     "fp8_block",
+    "fp8_block_stored",
+    "fp8_stored",
     "fp8_tensor",
+    "fp8_tensor_stored",
     "int8",
     "int8_codes",
+    "int8_stored",
     "int8_tensor",
     "int8_tensor_codes",
     "nvfp4",
     "packed",
     "packed_codes",
+    "packed_stored",
     "packed_zeros",
     "packed_zeros_codes",
+    "packed_zeros_stored",
 ]
 
 
@@ -44,6 +50,20 @@ def packed_codes(
 ) -> tuple[Tensor | int, ...]:
     """Codes and scales of packed, and zeros if there are any."""
     return bits(weight_packed, b, 1)[:, :K], weight_scale, (1 << b - 1)
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def packed_stored(
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    b: int,
+) -> dict[str, Tensor]:
+    """The stored tensors of packed, from codes [N, K] and an element per group of each other part."""
+    return {
+        "weight_packed": words(codes + (1 << b - 1), b, 1, torch.int32),
+        "weight_scale": scales,
+    }
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -82,6 +102,22 @@ def packed_zeros_codes(
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
+def packed_zeros_stored(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
+    b: int,
+) -> dict[str, Tensor]:
+    """The stored tensors of packed_zeros, from codes [N, K] and an element per group of each other part."""
+    return {
+        "weight_packed": words(codes, b, 1, torch.int32),
+        "weight_scale": scales,
+        "weight_zero_point": words(zeros, b, 0, torch.int32),
+    }
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
 def int8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtype = torch.float64) -> Tensor:
     """Bytes with a scale per output or group.
 
@@ -99,6 +135,18 @@ def int8_codes(
     """Codes and scales of int8, and zeros if there are any."""
     weight = weight.int()
     return weight, weight_scale
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def int8_stored(
+    codes: Tensor,
+    scales: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of int8, from codes [N, K] and an element per group of each other part."""
+    return {
+        "weight": codes.to(torch.int8),
+        "weight_scale": scales,
+    }
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -133,6 +181,18 @@ def fp8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtype
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
+def fp8_stored(
+    codes: Tensor,
+    scales: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of fp8, from codes [N, K] and an element per group of each other part."""
+    return {
+        "weight": codes.to(torch.float8_e4m3fn),
+        "weight_scale": scales,
+    }
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
 def fp8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.float64) -> Tensor:
     """Float8 e4m3 with one scale.
 
@@ -140,6 +200,18 @@ def fp8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.
     weight = weight.to(of)
     weight_scale = weight_scale.reshape(()).to(of)
     return weight * weight_scale
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def fp8_tensor_stored(
+    codes: Tensor,
+    scales: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of fp8_tensor, from codes [N, K] and an element per group of each other part."""
+    return {
+        "weight": codes.to(torch.float8_e4m3fn),
+        "weight_scale": scales.reshape(1),
+    }
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -152,6 +224,18 @@ def fp8_block(
     weight = weight.to(of)
     weight_scale = weight_scale.to(of)
     return weight * weight_scale.repeat_interleave(P, 0)[:N].repeat_interleave(Q, 1)[:, :K]
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def fp8_block_stored(
+    codes: Tensor,
+    scales: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of fp8_block, from codes [N, K] and an element per group of each other part."""
+    return {
+        "weight": codes.to(torch.float8_e4m3fn),
+        "weight_scale": scales,
+    }
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors

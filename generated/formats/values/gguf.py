@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from .algebra import bits, joined, lookup, power_of_two
+from .algebra import bits, joined, lookup, power_of_two, words
 
 __all__ = [
     "bfloat16",
@@ -19,6 +19,7 @@ __all__ = [
     "q3_k",
     "q4_0",
     "q4_0_codes",
+    "q4_0_stored",
     "q4_1",
     "q4_k",
     "q5_0",
@@ -27,6 +28,7 @@ __all__ = [
     "q6_k",
     "q8_0",
     "q8_0_codes",
+    "q8_0_stored",
 ]
 
 
@@ -83,6 +85,24 @@ def q8_0_codes(
 
 
 # specs/formats/gguf.yaml: gguf
+def q8_0_stored(
+    codes: Tensor,
+    scales: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of q8_0, from codes [N, K] and an element per group of each other part."""
+    B = 32
+    return {
+        "blocks": torch.cat(
+            [
+                scales[..., None].to(torch.float16).contiguous().view(torch.uint8),
+                codes.reshape(codes.shape[0], -1, B).to(torch.int8).contiguous().view(torch.uint8),
+            ],
+            -1,
+        ),
+    }
+
+
+# specs/formats/gguf.yaml: gguf
 def q4_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of 4 bits around 8; the low halves of the bytes come first.
 
@@ -103,6 +123,26 @@ def q4_0_codes(
     d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
     q = blocks[..., 2:18]
     return joined(bits(q, 4, 2, run=16), 1, K), d, 8
+
+
+# specs/formats/gguf.yaml: gguf
+def q4_0_stored(
+    codes: Tensor,
+    scales: Tensor,
+) -> dict[str, Tensor]:
+    """The stored tensors of q4_0, from codes [N, K] and an element per group of each other part."""
+    B = 32
+    return {
+        "blocks": torch.cat(
+            [
+                scales[..., None].to(torch.float16).contiguous().view(torch.uint8),
+                words(codes.reshape(codes.shape[0], -1, B) + 8, 4, 2, torch.uint8, run=16)
+                .contiguous()
+                .view(torch.uint8),
+            ],
+            -1,
+        ),
+    }
 
 
 # specs/formats/gguf.yaml: gguf

@@ -70,6 +70,23 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """The facts for writing weights of a format; the function NAME_stored makes their tensors.
+
+    `schemes` maps names, such as `int4-g{G}`, to settings. `kind` is the width of the codes, as a number or a size,
+    `i8` for bytes or `f8` for floats; `scale` the tensor with the scales, and `rule` their choice (`FormatSpec.scales`
+    in `codegen/schema/formats.py`). `shape` is a tensor with the sizes of the weight, if there is one.
+    """
+
+    schemes: Mapping[str, Mapping[str, Setting | tuple[int, ...]]]
+    kind: str
+    scale: str
+    has_zeros: bool
+    rule: str
+    shape: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """A stored form of weights.
 
@@ -89,6 +106,7 @@ class Format:
     separator: str = "."
     block_bytes: int | None = None
     codes: Codes | None = None
+    written: Written | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +114,7 @@ class QuantMethod:
     """A quantisation method: its name in config.json, and its formats, of which the first that fits is used.
 
     `groups` is the key of sections that each apply to the modules in their `targets`; `skip` are keys with modules that
-    are not quantised; `keys` are known keys without an effect on values.
+    are not quantised; `keys` are known keys without an effect on values, of which `writes` are written.
     """
 
     name: str
@@ -106,3 +124,4 @@ class QuantMethod:
     groups: str | None = None
     skip: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    writes: Mapping[str, Setting] = field(default_factory=dict)
