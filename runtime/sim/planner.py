@@ -21,10 +21,10 @@ Form = Literal["together", "disaggregated", "attention_ffn"]
 FORMS: tuple[Form, ...] = ("together", "disaggregated", "attention_ffn")
 STEP = 1.02
 """Rates are powers of it, times that of the trace, so that capacities of different candidates are comparable."""
-PREFIX = 0.3
+PREFIX = 0.5
 MIN_REQUESTS = 40
 """The share of the trace that ranks the candidates, and the least number of requests, in which queues can grow."""
-MARGIN = 0.75
+MARGIN = 0.5
 """Candidates with this share of the best capacity in the prefix are simulated on the whole trace."""
 NOISE = 4
 """Steps below the best capacity that a candidate must miss, too, to be dropped."""

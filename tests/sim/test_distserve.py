@@ -14,7 +14,8 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.sim.distserve import read_profile
 from sageLLM.runtime.sim.metrics import Slo
-from sageLLM.runtime.sim.modes import RoleSetup, Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.modes import RoleName, RoleSetup, Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.planner import Candidate, Search
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import TraceError, TraceRequest, at_rate, read_trace
 
@@ -69,6 +70,27 @@ def test_one_gpu_that_prefers_prefill(data: Path, trace: list[TraceRequest], rat
     cost = read_profile(data / "distserve" / "profiler-a100-80g.vllm.json", MODEL, 1)
     setup = Setup(cost, no_transfer, num_prefill=1, num_decode=0, scheduler=limits(66_144))
     assert attainment("time_share", setup, at_rate(trace, rate, seed=0)) == pytest.approx(theirs, abs=ONE_REQUEST)
+
+
+def test_the_published_placement(data: Path, trace: list[TraceRequest]) -> None:
+    """DistServe serves OPT-13B with tp 2 for prefill and tp 1 for decode, the best of each phase by goodput per GPU.
+
+    One worker of a phase is judged while many of the other one do not limit it. With tp 4, for which the profile has
+    coefficients, too, prefill would have more: the paper's search has further constraints.
+    """
+    profile = data / "distserve" / "profiler-a100-80g.distserve.json"
+    costs = {tp: read_profile(profile, MODEL, tp) for tp in (1, 2)}
+
+    def goodput(num_prefill: int, prefill: int, num_decode: int, decode: int) -> float:
+        roles: dict[RoleName, RoleSetup] = {"prefill": RoleSetup(costs[prefill]), "decode": RoleSetup(costs[decode])}
+        counts = {"num_prefill": num_prefill, "num_decode": num_decode}
+        setup = Setup(costs[decode], no_transfer, scheduler=limits(163_008), roles=roles, **counts)
+        one = Candidate("one", "disaggregated", 1, lambda: make_cluster("strict", setup), costs[prefill], costs[decode])
+        return Search(at_rate(trace, 3.0, seed=0), SLO).capacity(one, len(trace)).rate
+
+    prefill = {tp: goodput(1, tp, 12, 1) / tp for tp in costs}
+    decode = {tp: goodput(12, 1, 1, tp) / tp for tp in costs}
+    assert (max(prefill, key=prefill.__getitem__), max(decode, key=decode.__getitem__)) == (2, 1), (prefill, decode)
 
 
 PROFILE = """{"m": {"1": {"decoding_large_small_bs_threshold": 95, "prefill": [18.0, 0.1, 7e-6],
