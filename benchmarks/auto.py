@@ -1,7 +1,9 @@
 """Compares mode `auto` with the fixed modes by SLO attainment.
 
     python benchmarks/auto.py [--num-requests N] [--seeds 0,1] [--only TEXT]
+    python benchmarks/auto.py --random 100 [--first 0] [--num-requests 300]
 
+The second form plays random loads, from light ones to overload, and prints the distribution of the largest regret.
 Traffic has the length distributions of Azure's traces of 2023 (median and 90th percentile) and Poisson arrivals; the
 step times are the roofline of Llama-3.1-8B on H100s. `regret` is the best fixed mode minus `auto` in points, negative
 where `auto` is better than every fixed mode: over the whole run, and the largest one over its first n requests, for all
@@ -9,6 +11,8 @@ n from 100 on. Simulated, so the same command prints the same figures.
 """
 
 import argparse
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,6 +29,8 @@ from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import Lengths, synthetic
 
 NUM_FIRST = 100
+LIMIT = 2.0
+"""Points of regret that mode `auto` should not exceed."""
 LLAMA_8B = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -70,6 +76,8 @@ LOADS = (
     Load("conversation", 18, Slo(0.3, 0.03)),
     Load("conversation", 12, Slo(0.2, 0.02)),
 )
+RATES = {"code": (8.0, 18.0), "conversation": (10.0, 26.0)}
+"""The range of the random loads in requests per second and device."""
 Good = list[bool]
 """For each request whether it met the objective."""
 
@@ -113,21 +121,54 @@ def largest_regret(found: dict[str, Good]) -> float:
     return max(regret(found, num) for num in range(NUM_FIRST, len(found["auto"]) + 1))
 
 
+def random_load(number: int) -> tuple[Load, int]:
+    """A load and a seed for its requests, determined by the number."""
+    draw = random.Random(number)
+    traffic = draw.choice(["code", "conversation"])
+    num_devices = draw.choice([1, 1, 2, 3])
+    rate = round(num_devices * draw.uniform(*RATES[traffic]), 1)
+    slo = Slo(draw.choice([0.2, 0.3, 0.5, 1.0]), draw.choice([0.015, 0.02, 0.03, 0.05]))
+    return Load(traffic, rate, slo, num_devices), draw.randrange(1000)
+
+
+def loads(args: argparse.Namespace) -> Iterator[tuple[Load, int]]:
+    """The loads and seeds that the arguments select."""
+    if args.random:
+        yield from map(random_load, range(args.first, args.first + args.random))
+        return
+    for load in LOADS:
+        yield from ((load, seed) for seed in map(int, args.seeds.split(",")) if args.only in str(load))
+
+
+def distribution(largest: list[float]) -> str:
+    """The largest regrets of several loads in one line."""
+    ordered = sorted(largest)
+    above = sum(one > LIMIT for one in ordered)
+    p99 = ordered[-(len(ordered) // 100) - 1]
+    return (
+        f"{len(ordered)} loads: largest regret {ordered[-1]:.1f}, 99th percentile {p99:.1f}, above {LIMIT:g} points "
+        f"in {above} ({100 * above / len(ordered):.1f} %)"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-requests", type=int, default=500)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default="", help="loads with this text, such as 'code | 40'")
+    parser.add_argument("--random", type=int, default=0, help="number of random loads instead of the fixed ones")
+    parser.add_argument("--first", type=int, default=0, help="number of the first random load")
     args = parser.parse_args()
     print("| traffic | rate | devices | TTFT, TPOT s |", " | ".join(MODES), "| regret | largest | seed |")
     print("|---" * (len(MODES) + 7) + "|")
-    for load in LOADS:
-        for seed in map(int, args.seeds.split(",")) if args.only in str(load) else ():
-            found = {mode: play(mode, load, args.num_requests, seed) for mode in MODES}
-            cells = [
-                f"{value:.1f}" for value in (*map(attainment, found.values()), regret(found), largest_regret(found))
-            ]
-            print(f"| {load} |", " | ".join(cells), f"| {seed} |", flush=True)
+    found_largest: list[float] = []
+    for load, seed in loads(args):
+        found = {mode: play(mode, load, args.num_requests, seed) for mode in MODES}
+        found_largest.append(largest_regret(found))
+        cells = [f"{value:.1f}" for value in (*map(attainment, found.values()), regret(found), found_largest[-1])]
+        print(f"| {load} |", " | ".join(cells), f"| {seed} |", flush=True)
+    if args.random:
+        print(distribution(found_largest))
 
 
 if __name__ == "__main__":

@@ -61,10 +61,13 @@ class Served(NamedTuple):
 
 
 class Forecast:
-    """Forecast for requests, in order of arrival, under one rule from the time `start_s` on.
+    """Forecast for requests, in order of arrival, under a rule from the time `start_s` on.
 
     The worker is idle then, except for the requests that are being served already. Decodes start and end at ticks of a
     decode clock, so a tick need not touch each of them.
+
+    The forecast is about the first `num_judged` requests (None: all) and ends when they are served. With `pace_s` it
+    ends when their prompts are computed, and their remaining tokens take that many seconds each.
     """
 
     def __init__(
@@ -74,14 +77,23 @@ class Forecast:
         cost: StepCostModel,
         limits: ServiceLimits,
         start_s: float = 0.0,
+        *,
+        num_judged: int | None = None,
+        pace_s: float | None = None,
     ) -> None:
         self.rule = rule
         self.requests = requests
         self._cost = cost
         self._limits = limits
+        self._num_judged = len(requests) if num_judged is None else num_judged
+        self._num_unserved = self._num_judged
         self._is_mixed = rule.mode == "hybrid"
         self._most = min(rule.max_prefill_tokens or limits.max_prefill_tokens, limits.max_prefill_tokens)
         self._max_consecutive_decodes = limits.max_consecutive_decodes if rule.mode == "time_share" else 0
+        self._start_s = start_s
+        self._given_pace_s = pace_s
+        self._prompts_end = start_s, 0  # the time and the tick at which all prompts in question are computed
+        self._traffic_end = start_s, 0  # and at which all prompts are
         self._now = start_s
         self._tick = 0
         self._num_since_prefill = 0
@@ -96,6 +108,18 @@ class Forecast:
             if request.first_s is not None:
                 self._resume(number, request, request.first_s)
 
+    def with_rule(self, rule: ModeChoice, pace_s: float) -> "Forecast":
+        """A forecast for the same requests from the same time on under another rule."""
+        return Forecast(
+            rule,
+            self.requests,
+            self._cost,
+            self._limits,
+            self._start_s,
+            num_judged=self._num_judged,
+            pace_s=pace_s,
+        )
+
     def _resume(self, number: int, request: ExpectedRequest, first_s: float) -> None:
         """Continue a request that decodes at the start."""
         self._first[number] = first_s
@@ -105,20 +129,30 @@ class Forecast:
 
     @property
     def is_done(self) -> bool:
-        """Whether all requests are served."""
-        return len(self._last) == len(self.requests)
+        """Whether the requests that the forecast is about are served."""
+        return not self._num_unserved
 
     @property
     def served(self) -> list[Served]:
-        """The service of the requests served so far, in order of arrival."""
-        return [Served(self._first[i], self._last[i]) for i in range(len(self.requests)) if i in self._last]
+        """The service of those served so far of the requests that the forecast is about, in order of arrival."""
+        return [Served(self._first[i], self._last[i]) for i in range(self._num_judged) if i in self._last]
 
-    def advance(self, max_steps: int) -> None:
-        """Compute up to `max_steps` coarse steps."""
-        for _ in range(max_steps):
+    @property
+    def pace_s(self) -> float:
+        """Seconds per token after all prompts in question, as long as others arrive; 0 without a token."""
+        since_s, since = self._prompts_end
+        until_s, until = self._traffic_end
+        if until <= since:
+            until_s, until = self._now, self._tick
+        return (until_s - since_s) / (until - since) if until > since else 0.0
+
+    def advance(self, max_steps: int) -> int:
+        """Compute up to `max_steps` coarse steps, and return their number."""
+        for num_steps in range(max_steps):
             if self.is_done:
-                return
+                return num_steps
             self._step()
+        return max_steps
 
     def _step(self) -> None:
         self._add_arrivals()
@@ -178,12 +212,18 @@ class Forecast:
                 self._waiting.popleft()
                 del self._computed[number]
                 self._begin(number)
+                if number == len(self.requests) - 1:
+                    self._traffic_end = self._now, self._tick
+                if number == self._num_judged - 1:  # prompts are computed in order
+                    self._prompts_end = self._now, self._tick
+                    if self._given_pace_s is not None:
+                        self._extrapolate(self._given_pace_s)
 
     def _begin(self, number: int) -> None:
         request = self.requests[number]
         self._first[number] = self._now
         if request.num_output_tokens == 1:
-            self._last[number] = self._now
+            self._end(number, self._now)
             return
         heapq.heappush(self._decodes, (self._tick + request.num_output_tokens - 1, number))
         self._num_context_tokens += request.num_prompt_tokens + 1
@@ -208,4 +248,12 @@ class Forecast:
             _, number = heapq.heappop(self._decodes)
             request = self.requests[number]
             self._num_context_tokens -= request.num_prompt_tokens + request.num_output_tokens
-            self._last[number] = self._now
+            self._end(number, self._now)
+
+    def _extrapolate(self, pace_s: float) -> None:
+        for tick, number in self._decodes:
+            self._end(number, self._now + (tick - self._tick) * pace_s)
+
+    def _end(self, number: int, when: float) -> None:
+        self._last[number] = when
+        self._num_unserved -= number < self._num_judged

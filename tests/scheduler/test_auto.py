@@ -1,14 +1,22 @@
 """Mode `auto`: forecasts computed by hand, and the choices that follow from them."""
 
+import math
+
 import pytest
 
+from sageLLM.runtime.scheduler import auto
 from sageLLM.runtime.scheduler.auto import (
     DEFAULT_OUTPUT_TOKENS,
+    MAX_EXPECTED,
+    MIN_GAIN,
+    NUM_NEXT,
     PARTIAL_CREDIT,
     ForecastChooser,
     Score,
+    best_rule,
     expected,
-    is_better,
+    mean_output_tokens,
+    num_left,
     rules,
     score,
 )
@@ -76,6 +84,29 @@ def test_a_forecast_continues_the_requests_in_service() -> None:
     assert one.served == [pytest.approx(Served(4.0, 15.5)), pytest.approx(Served(11.5, 14.5)), (13.5, 13.5)]
 
 
+def test_the_answers_go_on_at_a_given_pace_after_the_prompts() -> None:
+    """0-2 the first prompt, 2-3 decode, 3-7 the second; then 3 and 1 more tokens at 0.5 s each, and no third prompt."""
+    requests = [FIRST, SECOND, ExpectedRequest(6.0, 300, 4)]
+    one = Forecast(PREFILL, requests, PerToken(), LIMITS, num_judged=2, pace_s=0.5)
+    assert one.advance(100) == 4
+    assert one.is_done and one.served == [pytest.approx(Served(2.0, 8.5)), pytest.approx(Served(7.0, 7.5))]
+
+
+def test_the_pace_is_that_while_others_arrive() -> None:
+    """The first prompt is over at 2 s, the second at 6.5 s in steps of 1.5 s, each with a token of the first."""
+    rule = ModeChoice("hybrid", 50)
+    requests = [ExpectedRequest(0.0, 50, 9), ExpectedRequest(0.5, 150, 9)]
+    one = Forecast(rule, requests, PerToken(), LIMITS, num_judged=1)
+    one.advance(100)
+    assert one.pace_s == pytest.approx(1.5)  # without others it would be 1
+    other = one.with_rule(PREFILL, one.pace_s)
+    other.advance(100)
+    assert other.rule == PREFILL and other.served == [pytest.approx(Served(1.5, 1.5 + 8 * 1.5))]
+    alone = Forecast(rule, requests[:1], PerToken(), LIMITS)
+    alone.advance(100)
+    assert alone.pace_s == pytest.approx(1.0)
+
+
 def test_partial_credit_is_less_the_further_a_request_misses() -> None:
     objective = ServiceObjective(1.0, 1000.0)
 
@@ -87,25 +118,10 @@ def test_partial_credit_is_less_the_further_a_request_misses() -> None:
     assert [of(1.0), of(2.0), of(5.0)] == [1.0, PARTIAL_CREDIT / 2, PARTIAL_CREDIT / 5]
 
 
-@pytest.mark.parametrize(
-    ("differences", "num_repeats", "is_enough"),
-    [
-        ([], 1.0, False),
-        ([0.6], 1.0, False),  # one request is no evidence
-        ([0.6] * 2, 1.0, False),
-        ([0.6] * 3, 1.0, True),
-        ([0.6] * 12, 4.0, True),
-        ([0.6] * 8, 4.0, False),  # two remembered requests, four times each
-        ([0.6] * 10 + [-0.6] * 4, 1.0, False),
-        ([0.6] * 12 + [-0.6] * 4, 1.0, True),
-    ],
-)
-def test_a_rule_must_be_better_by_more_than_chance(
-    differences: list[float], num_repeats: float, is_enough: bool
-) -> None:
-    one = Score(PREFILL, [1.0] * 50 + [0.4 + x for x in differences], 0.0)
-    other = Score(TIME_SHARE, [1.0] * 50 + [0.4] * len(differences), 9.0)
-    assert is_better(one, other, num_repeats) == is_enough
+@pytest.mark.parametrize(("gain", "rule"), [(0.0, PREFILL), (MIN_GAIN - 0.01, PREFILL), (MIN_GAIN + 0.01, TIME_SHARE)])
+def test_another_rule_must_be_clearly_better_than_the_first(gain: float, rule: ModeChoice) -> None:
+    scores = [Score(PREFILL, [1.0, 0.2]), Score(ModeChoice("hybrid", 256), [0.0, 1.0])]
+    assert best_rule([*scores, Score(TIME_SHARE, [1.0, 0.2 + gain])]) == rule
 
 
 def test_a_forecast_respects_batch_size_and_cache_size() -> None:
@@ -124,32 +140,68 @@ def seen(chooser: ForecastChooser, arrival: float, prompt: int, output: int, is_
 
 
 def test_recent_traffic_is_expected_to_continue() -> None:
-    objective = ServiceObjective(1.0, 0.001)
-    chooser = ForecastChooser(PerToken(), objective, window=6)
+    objective = ServiceObjective(1.0, 0.2)
+    chooser = ForecastChooser(PerToken(), objective)
     seen(chooser, 10.0, 100, 20, is_over=True)
     seen(chooser, 11.0, 200, 40, is_over=False)
     seen(chooser, 14.0, 300, 0, is_over=False)
-    # 60 tokens came out and one answer ended: the others are taken to go on for 60
-    # the next arrival is expected a mean gap of 2 s from now
-    once = [(22.0, 100, 20), (23.0, 200, 100), (26.0, 300, 60)]
-    again = [(time + 6.0, prompt, output) for time, prompt, output in once]
-    live = [one.request for one in chooser._seen if one.request.status is not RequestStatus.FINISHED]
-    live[0].first_token_time = 12.0
-    live[0].compute_up_to(239)
-    in_service = [ExpectedRequest(11.0, 200, 100, 199, 40, 12.0), ExpectedRequest(14.0, 300, 60)]
-    assert expected(live, chooser._seen, objective, least=6, now=20.0) == [
-        *in_service,
-        *(ExpectedRequest(*one) for one in once + again),
+    live = [one for one in chooser._seen if not one.has_ended]
+    live[0].request.first_token_time = 12.0
+    live[0].request.compute_up_to(239)
+    # 60 tokens came out and one answer ended: the others go on for 60 on average, which takes 12 s, or 6 arrivals
+    second, third = num_left(60, 1), num_left(60, 2)
+    assert expected(live, chooser._seen, objective, now=20.0) == [
+        ExpectedRequest(11.0, 200, 40 + second, 199, 40, 12.0),
+        ExpectedRequest(14.0, 300, third),
+        ExpectedRequest(22.0, 100, 20),  # a mean gap before the first of the window
+        ExpectedRequest(23.0, 200, 40 + second),
+        ExpectedRequest(26.0, 300, third),
+        ExpectedRequest(28.0, 100, 20),
+        ExpectedRequest(29.0, 200, 40 + second),
+        ExpectedRequest(32.0, 300, third),
     ]
+
+
+@pytest.mark.parametrize(("gap_s", "num"), [(1000.0, NUM_NEXT), (0.0, MAX_EXPECTED), (1e-6, MAX_EXPECTED)])
+def test_the_number_of_expected_requests_is_bounded(gap_s: float, num: int) -> None:
+    chooser = ForecastChooser(PerToken(), ServiceObjective())
+    for i in range(3):
+        seen(chooser, gap_s * i, 10, 1, is_over=True)
+    assert len(expected((), chooser._seen, ServiceObjective(), 5.0)) == num
 
 
 def test_output_lengths_are_guessed_until_a_request_ends() -> None:
-    objective = ServiceObjective()
-    chooser = ForecastChooser(PerToken(), objective, window=4)
+    chooser = ForecastChooser(PerToken(), ServiceObjective())
     seen(chooser, 1.0, 10, 3, is_over=False)
-    assert [one.num_output_tokens for one in expected((), chooser._seen, objective, 1, 0.0)] == [
-        3 + DEFAULT_OUTPUT_TOKENS
-    ]
+    assert mean_output_tokens(chooser._seen) == DEFAULT_OUTPUT_TOKENS
+
+
+def test_what_is_left_of_answers_is_spread_around_the_mean() -> None:
+    found = sorted(num_left(100, number) for number in range(40, 140))
+    assert sum(found) / 100 == pytest.approx(100, rel=0.05)
+    assert found[10] == pytest.approx(-100 * math.log(0.9), abs=2) and found[-10] == pytest.approx(230, abs=15)
+    assert num_left(1, 0) == 1
+
+
+def test_a_bounded_number_of_steps_is_computed_per_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice stays the same until all forecasts are done."""
+    monkeypatch.setattr(auto, "STEPS_PER_CHOICE", 5)
+    steps: list[StepWork] = []
+
+    class Counted(PerToken):
+        def step_s(self, work: StepWork) -> float:
+            steps.append(work)
+            return super().step_s(work)
+
+    chooser = ForecastChooser(Counted(), ServiceObjective(0.5, 1.05))
+    one = scheduler(chooser)
+    for i in range(8):
+        seen(chooser, 0.1 * i, 300, 0, is_over=False)
+    first = chooser.choose(one.view)
+    while chooser._pending:
+        steps.clear()
+        choice = chooser.choose(one.view)
+        assert len(steps) <= 5 and (choice == first or not chooser._pending)
 
 
 def scheduler(chooser: ForecastChooser) -> PDScheduler:
@@ -178,9 +230,9 @@ def test_the_objective_decides(objective: ServiceObjective, mode: str) -> None:
         def step_s(self, work: StepWork) -> float:
             return 0.01 * work.num_prompt_tokens + (1.0 if work.num_decodes else 0.0)
 
-    chooser = ForecastChooser(Cost(), objective, window=16)
+    chooser = ForecastChooser(Cost(), objective)
     for i in range(16):
-        seen(chooser, 7.0 * i, 300, 20, is_over=True)
+        seen(chooser, 5.0 * i, 300, 20, is_over=True)
     one = scheduler(chooser)
     choices = [chooser.choose(one.view) for _ in range(200)]
     assert choices[-1].mode == mode

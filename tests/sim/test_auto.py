@@ -3,18 +3,22 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
-from sageLLM.runtime.scheduler.modes import ModeChoice
-from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
-from sageLLM.runtime.scheduler.step_cost import CoefficientCost, Coefficients, StepCostModel
+from sageLLM.runtime.scheduler.modes import ModeChoice, SchedulerView
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.request import Request
+from sageLLM.runtime.scheduler.step_cost import CoefficientCost, Coefficients, StepCostModel, StepWork
+from sageLLM.runtime.sim.cluster import Colocated, Kind, MakeCluster
 from sageLLM.runtime.sim.metrics import Slo, Summary
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import Lengths, TraceRequest, synthetic
+from sageLLM.runtime.sim.worker import VirtualClock
 
 from .workloads import ARXIV, SHAREGPT, yi_34b
 
@@ -72,17 +76,103 @@ def test_auto_is_within_2_points_of_the_best_fixed_mode(
     assert auto >= max(fixed.values()) - 0.02, fixed
 
 
-@pytest.mark.parametrize("name", ["code | 40 | 3 | 0.5", "conversation | 18 | 1 | 0.3"])
-def test_the_regret_is_bounded_from_the_first_100_requests_on(name: str) -> None:
-    """Of `benchmarks/auto.py`, which has more loads and longer runs."""
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    """`benchmarks/auto.py`, which has more loads and longer runs."""
     spec = importlib.util.spec_from_file_location("auto_benchmark", Path(__file__).parents[2] / "benchmarks/auto.py")
     assert spec is not None and spec.loader is not None
-    benchmark = sys.modules["auto_benchmark"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = sys.modules["auto_benchmark"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["code | 40 | 3 | 0.5", "conversation | 18 | 1 | 0.3"])
+def test_the_regret_is_bounded_from_the_first_100_requests_on(benchmark: Any, name: str) -> None:
     [load] = [load for load in benchmark.LOADS if name in str(load)]
     modes = ["hybrid", "hybrid 2048", "auto"]  # the others are below these here
     found = {mode: benchmark.play(mode, load, 200, seed=0) for mode in modes}
-    assert benchmark.largest_regret(found) <= 2.0
+    assert benchmark.largest_regret(found) <= benchmark.LIMIT
+
+
+@pytest.mark.parametrize("number", [10, 12, 15, 26, 38])
+def test_the_regret_of_random_loads(benchmark: Any, number: int) -> None:
+    """Around the limit, where learning from finished requests alone was up to 35 points too late."""
+    load, seed = benchmark.random_load(number)
+    modes = ["hybrid", "hybrid 2048", "auto"]  # the others are below these here
+    found = {mode: benchmark.play(mode, load, 300, seed) for mode in modes}
+    assert benchmark.largest_regret(found) <= benchmark.LIMIT
+
+
+class Slow:
+    """10 ms for each prompt token, and 4 s for a step with decodes."""
+
+    def step_s(self, work: StepWork) -> float:
+        return 0.01 * work.num_prompt_tokens + (4.0 if work.num_decodes else 0.0)
+
+
+class Scripted:
+    """Computes prompts, from 0.8 s on only `num_first` more of them before the decodes."""
+
+    def __init__(self, num_first: int) -> None:
+        self._num_left = num_first
+
+    def observe(self, request: Request) -> None:
+        pass
+
+    def choose(self, view: SchedulerView) -> ModeChoice:
+        if view.clock() < 0.79:
+            return ModeChoice("prefill")
+        self._num_left -= 1
+        return ModeChoice("prefill", 10) if self._num_left >= 0 else ModeChoice("time_share")
+
+
+def scripted(num_first: int) -> MakeCluster:
+    def make(clock: VirtualClock) -> PDScheduler:
+        config = PDSchedulerConfig(mode="auto", max_prefill_batch_size=256)
+        return PDScheduler(config, clock=clock, mode_chooser=Scripted(num_first))
+
+    return lambda events: Colocated(events, Kind(make, Slow()))
+
+
+def test_no_online_rule_bounds_the_regret_for_all_loads() -> None:
+    """Two loads differ only in lengths of answers that no rule can know when it must decide.
+
+    At 0.8 s 60 requests have their first token, and 40 prompts wait that meet their time to first token only if no
+    decode comes before them. Answers of two tokens meet the pace only if a decode comes first; those of 101 catch up.
+    The number of prompts before the first decode is all that a rule can choose, and each leaves 19 points in one load.
+    """
+    slo = Slo(4.35, 4.05)
+
+    def count(cluster: MakeCluster, num_output_tokens: int) -> int:
+        early = [TraceRequest(0.1, 1, num_output_tokens)] * 60
+        trace = [TraceRequest(0.0, 20, 1), *early, *[TraceRequest(0.5, 10, 1)] * 40]
+        return sum(slo.is_met(timeline) for timeline in Simulation(cluster).run(trace))
+
+    def fixed(num_output_tokens: int) -> dict[str, int]:
+        limits = {"time_share": {}, "prefill first": {"max_consecutive_decodes": 0}}
+        return {
+            name: count(
+                make_cluster(
+                    "time_share",
+                    Setup(
+                        Slow(),
+                        lambda tokens: 0.0,
+                        num_decode=0,
+                        scheduler=PDSchedulerConfig(max_prefill_batch_size=256, **limit),
+                        enable_prefix_caching=False,
+                    ),
+                ),
+                num_output_tokens,
+            )
+            for name, limit in limits.items()
+        }
+
+    short, long = fixed(2), fixed(101)
+    assert short == {"time_share": 61, "prefill first": 41}
+    assert long == {"time_share": 61, "prefill first": 101}
+    for num_first in range(0, 41, 5):
+        regrets = [max(best.values()) - count(scripted(num_first), num) for best, num in ((short, 2), (long, 101))]
+        assert 100 * max(regrets) / 101 > 19
 
 
 def test_the_forecast_agrees_with_the_simulator() -> None:
