@@ -7,6 +7,59 @@
 
 namespace sage {
 
+// The codes of a row, from position `at` on, as elements.
+template <class E, class Stored>
+inline void convert_codes(E* elements, const Stored* codes, int64_t at, int64_t width) {
+    sweep(width - at, [&](auto i) { store(elements + at, i, load_codes(codes + at, i)); });
+}
+
+#if defined(__AVX512BF16__)
+// 32 codes at a time. Integers are exact in bf16.
+inline void convert_row(bf16* elements, const int8_kv* codes, int64_t width) {
+    int64_t at = 0;
+    for (; at + 32 <= width; at += 32) {
+        const __m512i bytes = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(codes + at)));
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(bytes)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(bytes, 1)));
+        _mm512_storeu_si512(elements + at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    convert_codes(elements, codes, at, width);
+}
+
+// The codes 0 to 127 of float8 as bf16, for lookups of 32 codes at a time.
+struct Float8Words {
+    alignas(64) uint16_t word[128];
+
+    Float8Words() {
+        for (int code = 0; code < 128; ++code) {
+            const fp8_kv one = {(uint8_t)code};
+            word[code] = (uint16_t)(bits_of<uint32_t>(load_codes(&one, Tail{0, 1})[0]) >> 16);
+        }
+    }
+};
+
+inline void convert_row(bf16* elements, const fp8_kv* codes, int64_t width) {
+    static const Float8Words words;
+    __m512i table[4];
+    for (int i = 0; i < 4; ++i) table[i] = _mm512_load_si512(words.word + 32 * i);
+    const __m512i upper = _mm512_set1_epi16(0x40), sign = _mm512_set1_epi16((short)0x8000);
+    int64_t at = 0;
+    for (; at + 32 <= width; at += 32) {
+        const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(codes + at)));
+        const __m512i small = _mm512_permutex2var_epi16(table[0], code, table[1]);
+        const __m512i large = _mm512_permutex2var_epi16(table[2], code, table[3]);
+        const __m512i found = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, upper), small, large);
+        _mm512_storeu_si512(elements + at, _mm512_or_si512(found, _mm512_and_si512(_mm512_slli_epi16(code, 8), sign)));
+    }
+    convert_codes(elements, codes, at, width);
+}
+#endif
+
+template <class E, class Stored>
+inline void convert_row(E* elements, const Stored* codes, int64_t width) {
+    convert_codes(elements, codes, 0, width);
+}
+
 template <class E, class Stored>
 class OpenedRows {
   public:
@@ -19,9 +72,7 @@ class OpenedRows {
     const E* const* open(const Stored* const* row) {
         for (int64_t key = 0; key < KEYS; ++key) {
             scale_[key] = scale_of(row[key]);
-            const Stored* codes = codes_of(row[key]);
-            E* elements = elements_ + key * row_length_;
-            sweep(width_, [&](auto i) { store(elements, i, load_codes(codes, i)); });
+            convert_row(elements_ + key * row_length_, codes_of(row[key]), width_);
         }
         return row_;
     }
