@@ -25,6 +25,7 @@ Backend: TypeAlias = Literal["uni", "mp"]
 """Workers in the process of the engine, or in separate processes; the names are vLLM's."""
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29501
+MAX_PORT = 65535
 
 
 def parse_device(name: str) -> torch.device:
@@ -98,20 +99,32 @@ def choose_node(
     if nnodes is None and num_ranks > 1 and os.environ.get("WORLD_SIZE") == str(num_ranks):
         environment = os.environ
         nnodes = num_ranks
-    node_rank = int(environment.get("RANK", 0)) if node_rank is None else node_rank
+    node_rank = _variable(environment, "RANK", 0) if node_rank is None else node_rank
     master_addr = master_addr or environment.get("MASTER_ADDR") or DEFAULT_ADDRESS
     if master_port is None:
         # torchrun itself listens on its port, for its store.
         own = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        master_port = int(environment.get("MASTER_PORT", DEFAULT_PORT)) + own
+        master_port = _variable(environment, "MASTER_PORT", DEFAULT_PORT) + own
     nnodes = 1 if nnodes is None else nnodes
     check_count("nnodes", nnodes)
     check_count("master_port", master_port)
+    if master_port > MAX_PORT:
+        raise SageError(f"master_port must be an integer from 1 to {MAX_PORT}, got {master_port}")
     if isinstance(node_rank, bool) or not isinstance(node_rank, int) or not 0 <= node_rank < nnodes:
         raise SageError(f"node_rank must be an integer from 0 to nnodes - 1 = {nnodes - 1}, got {shown(node_rank)}")
     if num_ranks % nnodes:
         raise SageError(f"nnodes={nnodes} must divide tensor_parallel_size * pipeline_parallel_size = {num_ranks}")
     return Node(nnodes, node_rank, master_addr, master_port) if nnodes > 1 else None
+
+
+def _variable(environment: Mapping[str, str], name: str, default: int) -> int:
+    """The number in a variable of torchrun."""
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise SageError(
+            f"the variable {name} of torchrun must be a number, got {shown(text)}; unset WORLD_SIZE to ignore it"
+        )
+    return int(text)
 
 
 def check_passes(names: Sequence[str], registry: Registry) -> None:

@@ -55,6 +55,16 @@ class Parallelism:
         """Engines that requests are divided among, each with a scheduler and a KV cache."""
         return 1 if self.af is None else self.af.attention
 
+    @property
+    def role_degrees(self) -> list[tuple[str, int]]:
+        """The options that set degrees of workers of one role, as text, and these degrees."""
+        if self.af is not None:
+            return [(f"af='A:Fx{self.af.width}'", self.af.width)]
+        if self.pd is None:
+            return []
+        degrees = {"prefill": self.pd.prefill_tp, "decode": self.pd.decode_tp}
+        return [(f"{role}_tensor_parallel_size={degree}", degree) for role, degree in degrees.items()]
+
     def num_pools(self, is_strict: bool) -> int:
         """The KV pools that share the memory for KV."""
         if self.pd is not None:

@@ -33,7 +33,7 @@ from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.kernel_choice import reads_codes
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
-from sageLLM.runtime.loader.model import Model, load_model
+from sageLLM.runtime.loader.model import Model, load_model, rank_config
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
@@ -141,6 +141,8 @@ def load(
         tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, model.max_model_len)
     if parallelism.af is not None and not model.generates:
         raise SageError(f"af must be None for {model.layout.name}, which computes embeddings")
+    for option, degree in parallelism.role_degrees:  # the workers would find out after their start
+        rank_config(model.layout, model.config, 0, degree, option, expert_parallel=options.enable_expert_parallel)
     return model, tokenizer
 
 

@@ -173,7 +173,7 @@ def load_model(
         if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
             raise CheckpointError(reason)
         option = f"af='A:Fx{tp}'" if role == "ffn" else f"tensor_parallel_size={tp}"
-        whole, own = config, _rank_config(layout, config, rank % tp, tp, option, expert_parallel=expert_parallel)
+        whole, own = config, rank_config(layout, config, rank % tp, tp, option, expert_parallel=expert_parallel)
         config = own if has_weights else whole
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
         tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
@@ -212,7 +212,7 @@ def load_model(
     )
 
 
-def _rank_config(layout: ModelLayout, config: Any, rank: int, tp: int, option: str, *, expert_parallel: bool) -> Any:
+def rank_config(layout: ModelLayout, config: Any, rank: int, tp: int, option: str, *, expert_parallel: bool) -> Any:
     """The config of one rank. Raises CheckpointError if the degree does not divide the model's sizes.
 
     `option` is the argument of `LLM` that sets the degree.

@@ -165,6 +165,12 @@ def test_arguments_and_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_node(None, None, None, None, 1) is None, "another program's variables"
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert choose_node(None, None, None, None, 2) == Node(2, 1, "host", 5001)
+    for name, value in (("RANK", "first"), ("MASTER_PORT", "")):
+        with monkeypatch.context() as patch, pytest.raises(SageError, match=f"variable {name} of torchrun"):
+            patch.setenv(name, value)
+            choose_node(None, None, None, None, 2)
+    with pytest.raises(SageError, match="master_port must be an integer from 1 to 65535, got 70000"):
+        choose_node(2, 0, None, 70000, 2)
     with pytest.raises(SageError, match=r"nnodes=2 must divide tensor_parallel_size . pipeline_parallel_size = 3"):
         choose_node(2, 0, None, None, 3)
 

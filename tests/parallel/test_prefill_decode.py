@@ -187,6 +187,7 @@ def test_killed_workers_cost_no_request(several: LLM, alone: LLM, caplog: pytest
             {"scheduler": PDSchedulerConfig(mode="hybrid")},
             "requires mode 'strict', got 'hybrid': only --pd strict",
         ),
+        ({"prefill_tensor_parallel_size": 3}, "^prefill_tensor_parallel_size=3 does not divide num_key_value_heads=2"),
         ({"af": "1:1"}, "prefill_workers must not be combined with af"),
         ({"pipeline_parallel_size": 2}, "prefill_workers must not be combined with pipeline_parallel_size=2"),
         ({"kv_tier": "host"}, "prefill_workers must not be combined with kv_tier='host'"),
