@@ -69,7 +69,8 @@ class KVPort:
             raise SageError("KV is copied between engines on CPUs, without a lower tier; set --device cpu")
         part = Part(range(pool.num_layers), range(pool.shape.k[0]))
         values = () if pool.shape.is_shared else pool.values
-        self.model = f"{engine.model.layout.name} {engine.model.dtype} {pool.num_layers} {pool.shape}"
+        types = f"{engine.model.dtype} {pool.keys[0].dtype}"  # the second one says the form of a KV cache of codes
+        self.model = f"{engine.model.layout.name} {types} {pool.num_layers} {pool.shape}"
         self.epoch, self.key, self.block_size = secrets.randbits(62), key, pool.block_size
         self.num_blocks = pool.num_device_blocks
         place = Place(worker, 0, self.epoch, [[part], [part]], key, best_digest())

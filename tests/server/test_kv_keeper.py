@@ -1,0 +1,70 @@
+"""The KV of prompts that an engine keeps for others: it is released when it has expired, and when too much is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.kv_exchange import KVFetcher, KVKeeper
+from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.transport.ticket import Ticket, TicketError
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+KEY = b"k" * 32
+PROMPTS = [[number, *range(3, 66)] for number in range(100, 110)]
+NUM_BLOCKS = 24  # of 16 tokens; a prompt has 4
+
+
+@pytest.fixture
+def llm() -> Iterator[LLM]:
+    llm = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
+    llm.generate(PROMPTS, SamplingParams(max_tokens=1, temperature=0))
+    yield llm
+    llm.close()
+
+
+def num_used(llm: LLM) -> int:
+    return llm.engine.kv_stats()["worker"].num_used
+
+
+def test_kv_is_released_when_it_has_expired(llm: LLM) -> None:
+    keeper = KVKeeper(llm.engine, KEY, keep_seconds=1.0)
+    keeper.keep("a", PROMPTS[-1], "")
+    assert num_used(llm) == 4
+    time.sleep(1.1)
+    keeper.release_due()
+    assert num_used(llm) == 0
+    keeper.close()
+
+
+def test_at_most_half_of_the_pool_is_kept(llm: LLM) -> None:
+    keeper = KVKeeper(llm.engine, KEY)
+    for number in (-4, -3, -2, -1):  # the latest ones are in the prefix cache
+        keeper.keep(str(number), PROMPTS[number], "")
+    assert num_used(llm) == 12, "the oldest was released"
+    llm.engine.scheduler.kv.decode.check_integrity()
+    keeper.close()
+
+
+def test_the_ticket_of_another_prompt_is_refused(llm: LLM) -> None:
+    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(llm.engine, KEY)
+    ticket = keeper.keep("a", PROMPTS[-1], "")
+    assert isinstance(ticket, Ticket)
+    with pytest.raises(TicketError, match="that of another prompt"):
+        fetcher.begin(ticket, PROMPTS[-2], "", lambda *_: None)
+    with pytest.raises(TicketError, match="that of another prompt"):
+        fetcher.begin(ticket, PROMPTS[-1], "another salt", lambda *_: None)
+    assert fetcher.begin(ticket, PROMPTS[-1], "", lambda *_: None) is None, "all of it is here"
+    keeper.close()
+    fetcher.close()
+
+
+def test_engines_with_two_pools_are_refused() -> None:
+    llm = LLM(MODEL, max_model_len=64, scheduler=PDSchedulerConfig(mode="strict"), skip_tokenizer=True)
+    with pytest.raises(SageError, match="engines of one rank and one pool"):
+        KVKeeper(llm.engine, KEY)
+    llm.close()
