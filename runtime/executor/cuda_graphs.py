@@ -84,10 +84,14 @@ class DevicePlan(Plan):
 
 @dataclass(frozen=True, slots=True)
 class CapturedGraph:
-    """One bucket: the graph, the place of its inputs, and the memory of its outputs."""
+    """One bucket: the graph, the place of its inputs, other inputs that it has memory for, and its outputs.
+
+    The outputs of all graphs may be in the same memory.
+    """
 
     graph: DeviceGraph
     place: Place
+    received: list[Tensor]
     outputs: list[Tensor]
 
 
@@ -141,12 +145,13 @@ class GraphedPlan(DevicePlan):
         host, rest = divided(inputs)
         api, buffers = self._buffers.api, self._buffers.inputs
         place = buffers.place(host)
-        fixed = {**place.device, **{name: torch.empty_like(x) for name, x in rest.items()}}
+        received = {name: torch.empty_like(x) for name, x in rest.items()}
+        fixed = {**place.device, **received}
         buffers.fill(place, host)
         self._compute(fixed)
         api.synchronize()
         graph, outputs = api.capture(lambda: self._compute(fixed))
-        self._captured[_table_shape(inputs)] = CapturedGraph(graph, place, outputs)
+        self._captured[_table_shape(inputs)] = CapturedGraph(graph, place, [*received.values()], outputs)
 
     @property
     def num_captured(self) -> int:

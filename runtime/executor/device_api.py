@@ -58,7 +58,8 @@ class DeviceApi(StreamApi, Protocol):
     def capture(self, work: Callable[[], list[Tensor]]) -> tuple[DeviceGraph, list[Tensor]]:
         """Captures the work without running it; returns the graph and the memory of its results.
 
-        All graphs share one memory pool, since only one of them runs at a time.
+        All graphs share one memory pool, since only one of them runs at a time: the results of a replay are valid until
+        the next replay of any graph, which may have other values in their memory.
         """
 
 
@@ -99,4 +100,14 @@ class CudaApi:
         # In the default mode "global" a call that another thread makes, such as a copy to a tier, ends the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = work()
-        return graph, outputs
+        return graph, [unowned(x) for x in outputs]
+
+
+def unowned(x: Tensor) -> Tensor:
+    """A tensor over the memory of x that does not keep it in use: in the pool of graphs, later captures use it too.
+
+    Without this, every captured graph would have logits of its own. The pool keeps the memory as long as its graphs.
+    """
+    memory = x.untyped_storage()
+    same = torch._C._construct_storage_from_data_pointer(memory.data_ptr(), x.device, memory.nbytes())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(same, x.storage_offset(), x.size(), x.stride())

@@ -1,6 +1,7 @@
 """The step on a GPU, on a device that records its operations: copies, waits, allocations and captures."""
 
 import random
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,10 +146,16 @@ def test_graphs_are_captured_in_one_pool_next_to_other_threads(monkeypatch: pyte
 
     for name, value in {"CUDAGraph": object, "graph": graph, "graph_pool_handle": object}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    api = CudaApi()
+    api, kept = CudaApi(), torch.arange(6.0)
     for _ in range(2):
-        _, outputs = api.capture(lambda: [torch.ones(1)])
-        assert outputs[0].item() == 1
+        made = kept[2:].view(2, 2)
+        owner = weakref.ref(made)
+        _, [output] = api.capture(lambda made=made: [made])
+        assert output.tolist() == [[2, 3], [4, 5]]
+        del made
+        assert owner() is None  # the results keep no memory from later captures
+        kept[2] = 2.0
+        assert output.data_ptr() == kept[2:].data_ptr()
     assert captured[0] == captured[1] == {"pool": captured[0]["pool"], "capture_error_mode": "thread_local"}
 
 

@@ -227,6 +227,8 @@ def size_needs(target: str, ops: Container[str]) -> dict[str, dict[str, Any]]:
 
 
 def why_reference_of(case: Case, target: str) -> str | None:
+    if case.op not in TEMPLATES:
+        return None
     sizes = {"E": case.dtype.itemsize, **{name: case.sizes[name] for name in ("D", "Dv") if "attention" in case.op}}
     return why_reference(target, TEMPLATES[case.op], sizes)
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,22 @@ Report = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    """The version of Triton; registers, spills, shared memory and opcodes of each kernel for each target."""
+    """The version of Triton; registers, spills, shared memory and opcodes of each kernel for each target.
+
+    Each target has a process; as many run at once as there are cores.
+    """
+    requests = [[f"{target}:all", f"{target}:sizes"] for target in TARGETS]
+    if not ALL:
+        requests = [[f"{target}:{SAMPLE[target]}" for target in TARGETS]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = [*pool.map(compiled_by, requests)]
+    targets = {name: found for report in reports for name, found in report["targets"].items()}
+    return {"triton": reports[0]["triton"], "targets": targets}
+
+
+def compiled_by(requests: list[str]) -> dict[str, Any]:
     environ = {"TRITON_CACHE_DIR": str(ROOT / ".cache/triton"), **os.environ}  # holds the compiled kernels
-    command = [sys.executable, FOLDER / "compile_ahead.py"]
-    command += [f"{target}:{'all' if ALL else SAMPLE[target]}" for target in TARGETS]
-    command += [f"{target}:sizes" for target in TARGETS if ALL]
+    command = [sys.executable, FOLDER / "compile_ahead.py", *requests]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout)
