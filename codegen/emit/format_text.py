@@ -76,10 +76,9 @@ class FormatText:
 
     @property
     def code_results(self) -> list[str]:
-        """Codes and scales, and zeros if there are any: [N, K] and [N, groups], or [E, N, ...]."""
+        """The parts: codes [N, K], others [N, groups], or [E, N, ...]."""
         assert self.codes is not None, "the format has codes"
-        zeros = [] if self.codes.zeros is None else [self._part(self.codes.zeros)]
-        return [self._part(self.codes.codes), self._part(self.codes.scales), *zeros]
+        return [self._part(value) for value in self.codes.parts.values()]
 
     def uses(self, name: str) -> bool:
         """Whether the function of the codes uses a name."""
@@ -91,7 +90,9 @@ class FormatText:
             return text.replace(", of)", ", torch.float32)")
         dims = [extent.dim for extent in value.dims]
         if (inner := self.format.inner) in dims:
-            text, strength, dims = f"joined({text}, {dims.index(inner) - 1}, K)", _ATOM, [d for d in dims if d != inner]
+            at = dims.index(inner)
+            size = " // ".join(["K", *map(str, value.dims[at].over)])
+            text, strength, dims = f"joined({text}, {at - 1}, {size})", _ATOM, [d for d in dims if d != inner]
         wanted = [dim for dim in ("E", "N", "K") if dim in dims]
         text = text.replace(", of)", ", torch.float32)")
         if dims == wanted:

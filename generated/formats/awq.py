@@ -20,7 +20,7 @@ AWQ = QuantMethod(
             weight=("N", "K"),
             when={"bits|w_bit": (4,), "version|format": ("gemm", None), "zero_point": (True, None)},
             sizes={"G": "group_size|q_group_size"},
-            codes=Codes("4", "G", ""),
+            codes=Codes("4", "G", "", ("codes", "scales", "zeros")),
             written=Written(
                 {"awq-g{G}": {}},
                 "4",

@@ -42,7 +42,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"b": "weights.num_bits", "G": "weights.group_size"},
             unused=("weight_shape",),
-            codes=Codes("b", "G", ""),
+            codes=Codes("b", "G", "", ("codes", "scales", "zeros")),
             written=Written(
                 {
                     "int4-g{G}": {"weights.num_bits": 4, "weights.strategy": "group"},
@@ -88,7 +88,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"b": "weights.num_bits", "G": "weights.group_size"},
             unused=("weight_shape",),
-            codes=Codes("b", "G", ""),
+            codes=Codes("b", "G", "", ("codes", "scales", "zeros")),
             written=Written(
                 {"int4-zeros-g{G}": {"weights.num_bits": 4, "weights.strategy": "group"}},
                 "b",
@@ -137,7 +137,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"G": "weights.group_size"},
             unused=("input_scale", "input_zero_point"),
-            codes=Codes("i8", "G", ""),
+            codes=Codes("i8", "G", "", ("codes", "scales")),
             written=Written(
                 {"int8": {"weights.strategy": "channel"}},
                 "i8",
@@ -177,7 +177,7 @@ COMPRESSED_TENSORS = QuantMethod(
                 "weights.strategy": ("tensor",),
             },
             unused=("input_scale", "input_zero_point"),
-            codes=Codes("i8", "", ""),
+            codes=Codes("i8", "", "", ("codes", "scales")),
             tensors=(
                 StoredPart(
                     "weight",
@@ -202,6 +202,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"G": "weights.group_size"},
             unused=("input_scale",),
+            codes=Codes("f8", "G", "", ("codes", "scales")),
             written=Written(
                 {"fp8": {}},
                 "f8",
@@ -240,6 +241,7 @@ COMPRESSED_TENSORS = QuantMethod(
                 "weights.strategy": ("tensor",),
             },
             unused=("input_scale",),
+            codes=Codes("f8", "", "", ("codes", "scales")),
             written=Written(
                 {"fp8-tensor": {}},
                 "f8",
@@ -272,6 +274,7 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             sizes={"P": "weights.block_structure.0", "Q": "weights.block_structure.1"},
             unused=("input_scale",),
+            codes=Codes("f8", "Q", "", ("codes", "scales")),
             written=Written(
                 {"fp8-block": {"weights.block_structure": (128, 128)}},
                 "f8",
@@ -312,6 +315,7 @@ COMPRESSED_TENSORS = QuantMethod(
                 "weights.symmetric": (True, None),
             },
             unused=("input_global_scale",),
+            codes=Codes("fp4", "16", "", ("codes", "scales", "factors")),
             tensors=(
                 StoredPart(
                     "weight_packed",

@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=fp8
 """Weights in float8 e4m3, as in DeepSeek V3 and Qwen3 FP8 (arXiv 2412.19437)."""
 
-from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, StoredPart
+from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart
 
 __all__ = ["FP8"]
 
@@ -20,6 +20,7 @@ FP8 = QuantMethod(
             weight=("N", "K"),
             when={"fmt": ("e4m3", "float8_e4m3fn", None), "scale_fmt": (None,), "weight_block_size": (None,)},
             unused=("activation_scale", "input_scale"),
+            codes=Codes("f8", "", "", ("codes", "scales")),
             tensors=(
                 StoredPart(
                     "weight",
@@ -39,6 +40,7 @@ FP8 = QuantMethod(
             when={"fmt": ("e4m3", "float8_e4m3fn", None), "scale_fmt": (None,)},
             sizes={"P": "weight_block_size.0", "Q": "weight_block_size.1"},
             unused=("activation_scale", "input_scale"),
+            codes=Codes("f8", "Q", "", ("codes", "scales")),
             tensors=(
                 StoredPart(
                     "weight",

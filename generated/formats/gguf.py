@@ -73,7 +73,7 @@ GGUF = QuantMethod(
             when={"type": (8,)},
             sizes={"B": 32},
             block_bytes=34,
-            codes=Codes("i8", "32", ""),
+            codes=Codes("i8", "32", "", ("codes", "scales")),
             written=Written(
                 {"q8_0": {}},
                 "i8",
@@ -109,7 +109,7 @@ GGUF = QuantMethod(
             when={"type": (2,)},
             sizes={"B": 32},
             block_bytes=18,
-            codes=Codes("4", "32", ""),
+            codes=Codes("4", "32", "", ("codes", "scales", "zeros")),
             written=Written(
                 {"q4_0": {}},
                 "4",
@@ -145,6 +145,7 @@ GGUF = QuantMethod(
             when={"type": (12,)},
             sizes={"B": 256},
             block_bytes=144,
+            codes=Codes("4", "32", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
             tensors=(
                 StoredPart(
                     "d",
@@ -207,6 +208,7 @@ GGUF = QuantMethod(
             when={"type": (14,)},
             sizes={"B": 256},
             block_bytes=210,
+            codes=Codes("6", "16", "", ("codes", "scales", "zeros", "factors")),
             tensors=(
                 StoredPart(
                     "low",
@@ -287,6 +289,7 @@ GGUF = QuantMethod(
             when={"type": (6,)},
             sizes={"B": 32},
             block_bytes=22,
+            codes=Codes("5", "32", "", ("codes", "scales", "zeros")),
             tensors=(
                 StoredPart(
                     "d",
@@ -367,6 +370,7 @@ GGUF = QuantMethod(
             when={"type": (10,)},
             sizes={"B": 256},
             block_bytes=84,
+            codes=Codes("2", "16", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
             tensors=(
                 StoredPart(
                     "s",
@@ -411,6 +415,7 @@ GGUF = QuantMethod(
             when={"type": (11,)},
             sizes={"B": 256},
             block_bytes=110,
+            codes=Codes("3", "16", "", ("codes", "scales", "zeros", "factors")),
             tensors=(
                 StoredPart(
                     "high",
@@ -465,6 +470,7 @@ GGUF = QuantMethod(
             when={"type": (13,)},
             sizes={"B": 256},
             block_bytes=176,
+            codes=Codes("5", "32", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
             tensors=(
                 StoredPart(
                     "d",
@@ -608,7 +614,7 @@ GGUF = QuantMethod(
             when={"type": (39,)},
             sizes={"B": 32},
             block_bytes=17,
-            codes=Codes("fp4", "32", ""),
+            codes=Codes("fp4", "32", "", ("codes", "scales")),
             tensors=(
                 StoredPart(
                     "e",

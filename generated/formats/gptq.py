@@ -47,7 +47,7 @@ GPTQ = QuantMethod(
             weight=("N", "K"),
             when={"bits": (4, 8), "checkpoint_format|format": ("gptq", None), "dynamic": (None,)},
             sizes={"b": "bits", "G": "group_size"},
-            codes=Codes("b", "G", "g_idx"),
+            codes=Codes("b", "G", "g_idx", ("codes", "scales", "zeros")),
             tensors=(
                 StoredPart(
                     "qweight",
@@ -82,7 +82,7 @@ GPTQ = QuantMethod(
             weight=("N", "K"),
             when={"bits": (4, 8), "checkpoint_format|format": ("gptq_v2",), "dynamic": (None,)},
             sizes={"b": "bits", "G": "group_size"},
-            codes=Codes("b", "G", "g_idx"),
+            codes=Codes("b", "G", "g_idx", ("codes", "scales", "zeros")),
             tensors=(
                 StoredPart(
                     "qweight",

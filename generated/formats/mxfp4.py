@@ -20,7 +20,7 @@ MXFP4 = QuantMethod(
             sizes={"B": 32},
             suffix="",
             separator="_",
-            codes=Codes("fp4", "32", ""),
+            codes=Codes("fp4", "32", "", ("codes", "scales")),
             tensors=(
                 StoredPart(
                     "blocks",

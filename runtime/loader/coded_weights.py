@@ -4,14 +4,15 @@ Codes, scales and zeros of a weight have the same rows, so that they are moved i
 are moved, or whose parts have different codes, is dequantised; the reason is returned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import lcm, prod
 
 import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.model.weights import Part, View, WeightSpec, share_runs, share_shape
-from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.kernels.cpu.packing import DEPTH
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
@@ -24,21 +25,53 @@ def load_codes(
 ) -> CodedWeight | str | None:
     """The weight, or the share of a rank, as codes; else the reason, or None if it is not quantised."""
     parts: list[CodedWeight] = []
+    regions: list[Part] = []
     if spec.shard is not None and spec.shard.kind == "first":
         return None
     for part in spec.parts:
         found = checkpoint.read_codes(part.name, dtype)
         if not isinstance(found, CodedWeight):
             return found if not parts or found else "its parts are not all quantised"
+        part = _by_output(part, found)
         if (reason := _why_not_rows(part, found, len(spec.shape))) is not None:
             return reason
         parts.append(found)
-    if len({(one.form, one.group) for one in parts}) != 1:
+        regions.append(part)
+    if len({_kind(one) for one in parts}) != 1:
         return "its parts have different codes or groups"
     columns = _columns(spec, rank, tp)
     if columns is not None and not _are_groups(columns, parts[0]):
-        return f"shares that cut its groups of {parts[0].group} inputs"
-    return _joined(spec, [one if columns is None else _cut(one, *columns) for one in parts], dtype, fill, tp)
+        return f"shares that cut its groups of {_step(parts[0])} inputs"
+    pairs = [(part, one if columns is None else _cut(one, *columns)) for part, one in zip(regions, parts, strict=True)]
+    return _joined(spec, pairs, dtype, fill, tp)
+
+
+def _kind(weight: CodedWeight) -> tuple[object, ...]:
+    """The facts that parts of a weight must share. Scales of several float types become float32."""
+    kind = weight.scales.dtype if weight.factors is not None else None
+    factors = () if weight.factors is None else (weight.factors.shape[-1],)
+    return weight.form, weight.group, kind, factors, weight.minima is None
+
+
+def _by_output(part: Part, source: CodedWeight) -> Part:
+    """A part of a tensor that is stored by input, as one of the same tensor with its last two dims swapped."""
+    if tuple(source.shape) == tuple(part.shape) or len(source.shape) != 3 or part.view is None:
+        return part
+    *outer, inner, rows = part.shape
+    if tuple(source.shape) != (*outer, rows, inner):
+        return part
+    view = part.view
+    at = max((i for i, n in enumerate(view.axes) if n == inner and prod(view.axes[:i]) == prod(outer)), default=None)
+    if at is None or prod(view.axes[at + 1 :]) != rows:
+        return part
+    moved = [*range(at), *range(at + 1, len(view.axes)), at]  # the axes of the view by their new positions
+    swapped = View(
+        tuple(view.axes[axis] for axis in moved),
+        tuple(moved.index(axis) for axis in view.order),
+        view.size,
+        tuple((moved.index(axis), start, stop) for axis, start, stop in view.take),
+    )
+    return replace(part, shape=(*outer, rows, inner), view=swapped)
 
 
 def _why_not_rows(part: Part, source: CodedWeight, rank: int) -> str | None:
@@ -60,43 +93,55 @@ def _columns(spec: WeightSpec, rank: int, tp: int) -> tuple[int, int] | None:
     return run
 
 
-def _are_groups(columns: tuple[int, int], weight: CodedWeight) -> bool:
+def _step(weight: CodedWeight) -> int:
+    """The multiple of inputs at which a weight may be cut."""
     step = weight.group if weight.group < weight.shape[-1] else DEPTH
-    return all(number % step == 0 for number in columns)
+    if weight.factors is not None and weight.factors.shape[-1] > 1:
+        step = weight.shape[-1] // weight.factors.shape[-1]
+    return lcm(step, DEPTH)
+
+
+def _are_groups(columns: tuple[int, int], weight: CodedWeight) -> bool:
+    return all(number % _step(weight) == 0 for number in columns)
 
 
 def _cut(weight: CodedWeight, start: int, size: int) -> CodedWeight:
-    step, is_grouped = FORMS[weight.form].step, weight.group < weight.shape[-1]
+    """The inputs from `start` on; each tensor has a number of elements that divides them, or one for all."""
+    inner = weight.shape[-1]
 
-    def groups(x: Tensor) -> Tensor:
-        return x.narrow(-1, start // weight.group, size // weight.group) if is_grouped else x
+    def cut(x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        return x if width == 1 else x.narrow(-1, start * width // inner, size * width // inner)
 
-    return replace(
-        weight,
-        shape=torch.Size((*weight.shape[:-1], size)),
-        group=weight.group if is_grouped else size,
-        words=weight.words.narrow(-1, start // step, size // step),
-        scales=groups(weight.scales),
-        zeros=None if weight.zeros is None else groups(weight.zeros),
-    )
+    group = weight.group if weight.group < inner else size
+    found = weight.with_parts(cut)
+    return replace(found, shape=torch.Size((*weight.shape[:-1], size)), group=group)
 
 
-def _joined(spec: WeightSpec, parts: list[CodedWeight], dtype: torch.dtype, fill: Fill, tp: int) -> CodedWeight:
+def _joined(
+    spec: WeightSpec, parts: Sequence[tuple[Part, CodedWeight]], dtype: torch.dtype, fill: Fill, tp: int
+) -> CodedWeight:
     shape = torch.Size(share_shape(spec, tp))
-    kinds = {one.scales.dtype for one in parts}
-    kind = kinds.pop() if len(kinds) == 1 else torch.float32
-    # Rows of padding have scales of 0.
-    first, rows = parts[0], shape[:-1]
-    words = torch.zeros(*rows, first.words.shape[-1], dtype=torch.int32)
-    scales = torch.zeros(*rows, first.scales.shape[-1], dtype=kind)
-    has_zeros = any(one.zeros is not None for one in parts)
-    zeros = torch.zeros(*rows, first.scales.shape[-1], dtype=torch.int8) if has_zeros else None
-    for part, source in zip(spec.parts, parts, strict=True):
-        fill(words, part, source.words, words.shape[-1])
-        fill(scales, part, source.scales, scales.shape[-1])
-        if zeros is not None and source.zeros is not None:
-            fill(zeros, part, source.zeros, zeros.shape[-1])
-    return CodedWeight(first.form, shape, first.group, words, scales, zeros, dtype)
+    first = parts[0][1]
+    names = {name: one for _, weight in parts for name, one in weight.parts.items()}
+    # Rows of padding have scales of 0, and divisors of 1.
+    found = {
+        name: torch.full((*shape[:-1], one.shape[-1]), int(name == "factors"), dtype=_common(name, parts))
+        for name, one in names.items()
+    }
+    for name, target in found.items():
+        for part, weight in parts:
+            if (source := weight.parts.get(name)) is not None:
+                fill(target, part, source.to(target.dtype), target.shape[-1])
+            elif name == "zeros":
+                fill(target, part, torch.zeros(weight.scales.shape, dtype=torch.int8), target.shape[-1])
+    return CodedWeight(first.form, shape, first.group, dtype=dtype, **found)
+
+
+def _common(name: str, parts: Sequence[tuple[Part, CodedWeight]]) -> torch.dtype:
+    """The type of the tensors of all parts; scales of several types become float32."""
+    kinds = {weight.parts[name].dtype for _, weight in parts if name in weight.parts}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 def with_columns(part: Part, width: int) -> Part:

@@ -38,16 +38,14 @@ def dequantize(
 
 
 def chunks(format: Format, sizes: Mapping[str, int]) -> Iterator[Ranges]:
-    """Ranges of rows [N] and single experts [E]; all stored tensors can be cut there."""
+    """Ranges of rows [N] and single experts [E], in order; all stored tensors can be cut there."""
     granules = [extent.granule(sizes) for one in format.tensors for extent in one.dims if extent.dim == "N"]
     granule = max(granules, default=1)
     step = max(1, CHUNK // max(1, sizes["K"]) // granule) * granule
-    for low in range(0, sizes["N"], step):
-        rows = {"N": (low, min(low + step, sizes["N"]))}
-        if "E" not in sizes:
-            yield rows
-        for expert in range(sizes.get("E", 0)):
-            yield {**rows, "E": (expert, expert + 1)}
+    for expert in range(sizes.get("E", 1)):
+        own = {"E": (expert, expert + 1)} if "E" in sizes else {}
+        for low in range(0, sizes["N"], step):
+            yield {"N": (low, min(low + step, sizes["N"])), **own}
 
 
 def part_of(part: StoredPart, tensor: Tensor, sizes: Mapping[str, int], ranges: Ranges) -> Tensor:

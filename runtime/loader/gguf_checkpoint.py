@@ -73,10 +73,7 @@ class GgufCheckpoint(Checkpoint):
         if (reason := why_not_coded(format, blocks, sizes)) is not None:
             return reason
         found = coded(format, self._values[f"{format.name}_codes"], blocks, sizes, dtype)
-        if not source.num_heads:
-            return found
-        words, scales = (_unpermuted(one, source.num_heads) for one in (found.words, found.scales))
-        return replace(found, words=words, scales=scales)
+        return found.with_parts(lambda one: _unpermuted(one, source.num_heads)) if source.num_heads else found
 
     def _blocks(self, source: _Source) -> tuple[Format, dict[str, Tensor], dict[str, int]]:
         """The format of the blocks as one stored tensor, this tensor, and its sizes."""

@@ -98,6 +98,26 @@ def fp8(shape: tuple[int, int], random: Random, *, scale: str = "weight_scale_in
     return Packed({"weight": w, scale: s}, value)
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nvfp4(shape: tuple[int, int], random: Random) -> Packed:
+    N, K = shape
+    q = codes(shape, 4, random)
+    s = (torch.rand((N, K // 16), generator=random) + 0.5).to(torch.float8_e4m3fn)
+    divisor = torch.tensor([37.0])
+    stored = {
+        "weight_packed": (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8),
+        "weight_scale": s,
+        "weight_global_scale": divisor,
+    }
+    signs = torch.where(q >= 8, -1, 1)
+    value = torch.empty(shape, dtype=torch.float64)
+    for k in range(K):
+        value[:, k] = torch.tensor(E2M1)[q[:, k] % 8] * signs[:, k] * (s[:, k // 16].float() / divisor)
+    return Packed(stored, value)
+
+
 def mlx(shape: tuple[int, int], random: Random) -> Packed:
     N, K = shape
     q, s = codes(shape, 4, random), scales((N, K // GROUP), random, torch.float16)
@@ -140,6 +160,11 @@ METHODS: dict[str, tuple[Mapping[str, Any], Callable[..., Packed], dict[str, Any
         {},
     ),
     "fp8 in blocks": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}, fp8, {}),
+    "nvfp4": (
+        compressed("nvfp4-pack-quantized", num_bits=4, type="float", group_size=16, strategy="tensor_group"),
+        nvfp4,
+        {},
+    ),
     "mlx": ({"bits": 4, "group_size": GROUP}, mlx, {}),
     "fp8": (
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static"},

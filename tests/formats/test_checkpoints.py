@@ -89,6 +89,20 @@ def test_weights_stay_packed_in_kernels_of_16_bits(make_checkpoint: MakeCheckpoi
         assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [("fp8 in blocks", "fp8 in groups of 16"), ("fp8", "fp8 by output"), ("nvfp4", "fp4 in groups of 16")],
+)
+def test_small_floats_stay_packed(method: str, form: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, method)
+    found = LLM(folder, skip_tokenizer=True, dtype="bfloat16").weight_stats()
+    assert [one.form for one in found if one.form != "bfloat16"] == [form]
+    assert not any(one.reason for one in found)
+    pairs = zip(answers(folder, dtype="bfloat16"), answers(tmp_path / "plain", dtype="float32"), strict=True)
+    for (_, one), (_, other) in pairs:
+        assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=0.1)
+
+
 def test_weights_on_disk_are_dequantised(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, "packed")
     expected = answers(tmp_path / "plain")
@@ -119,6 +133,8 @@ def test_the_experts_of_gpt_oss(make_checkpoint: MakeCheckpoint, tmp_path: Path)
     packers.edit_config(tmp_path / "quantised", quantization_config=section)
     found = answers(tmp_path / "quantised")
     assert found == answers(tmp_path / "plain")
+    forms = LLM(tmp_path / "quantised", skip_tokenizer=True).weight_stats()
+    assert "fp4 in groups of 32" in {one.form for one in forms} and not any(one.reason for one in forms)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     for prompt, (_, logprobs) in zip(PROMPTS, found, strict=True):
         with torch.no_grad():

@@ -67,9 +67,14 @@ def test_the_answers_are_those_of_the_dequantised_checkpoint(
 
 def test_blocks_of_256(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("Llama", **{**SMALL, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1})
-    formats = {"v_proj.weight": "q6_k", "q_proj.weight": "q4_k", "down_proj.weight": "q6_k", "tokens.weight": "q4_k"}
+    names = ("q_proj", "k_proj", "gate_proj", "up_proj", "embed_tokens")
+    formats = {**dict.fromkeys((f"{name}.weight" for name in names), "q4_k"), "proj.weight": "q6_k"}
     plain = gguf_files.convert(source, tmp_path / "m.gguf", "llama", formats, **WORDS)
     assert answers(tmp_path / "m.gguf", dtype="float32") == answers(plain, dtype="float32")
+    stats = LLM(str(tmp_path / "m.gguf"), skip_tokenizer=True, dtype="float32").weight_stats()
+    assert {"int6 in groups of 16", "int4 in groups of 32"} <= {one.form for one in stats if one.reason is None}
+    reasons = {one.reason for one in stats} - {None}
+    assert reasons == {"its parts have different codes or groups"}  # of q, k and v
 
 
 def test_a_rank_has_the_share_of_the_dequantised_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """GEMMs on weights of small codes: every form and instruction set against float64."""
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,31 @@ pytestmark = needs_compiler
 KERNELS = [
     ("int8", torch.bfloat16, "", ()),
     ("int4", torch.float16, "", ()),
+    ("int4", torch.bfloat16, "", ()),
+    ("int6", torch.bfloat16, "", ()),
     ("fp4", torch.bfloat16, "", ()),
+    ("fp8", torch.bfloat16, "", ()),
+    ("fp8", torch.bfloat16, "avx512_vnni", ()),
     ("fp4", torch.bfloat16, "fp32", ()),
+    ("int6", torch.float16, "fp32", ()),
     ("int4", torch.float32, "", NARROW),
+    ("fp8", torch.float32, "", NARROW),
 ]
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-SHAPES = [(1, 1, 1, False), (17, 31, 31, True), (80, 33, 32, False), (65, 100, 100, True), (144, 320, 64, True)]
-"""Features, inputs, group, and whether the codes have zeros."""
+SHAPES = [
+    (1, 1, 1, ""),
+    (17, 31, 31, "zeros"),
+    (80, 33, 32, ""),
+    (65, 100, 100, "zeros"),
+    (48, 96, 16, "zeros"),
+    (144, 320, 64, "zeros"),
+    (20, 512, 32, "minima"),
+    (20, 512, 16, "factors"),
+    (33, 96, 16, "divisors"),
+    (24, 160, 32, "powers of two"),
+    (24, 288, 160, ""),
+]
+"""Features, inputs, group, and the kind of zeros and scales."""
 
 
 def one_kernel(folder: Path, flags: tuple[str, ...] = ()) -> Library:
@@ -34,14 +53,31 @@ def one_kernel(folder: Path, flags: tuple[str, ...] = ()) -> Library:
     return FreshLibrary(folder, flags, folder)
 
 
-def random_weight(form: str, features: int, inner: int, group: int, zeros: bool, dtype: torch.dtype) -> CodedWeight:
+def random_weight(form: str, features: int, inner: int, group: int, kind: str, dtype: torch.dtype) -> CodedWeight:
     random = torch.Generator().manual_seed(features)
     shape = torch.Size((features, inner))
-    codes = torch.randint(0, 256 if FORMS[form].step == 4 else 16, shape, generator=random)
+    codes = torch.randint(0, 2 ** FORMS[form].bits, shape, generator=random)
+    if form == "fp8":
+        codes[codes % 128 == 127] = 0  # NaN
     groups = (features, -(-inner // group))
-    scales = ((torch.rand(groups, generator=random) + 0.5) / 32).to(torch.float16 if zeros else torch.bfloat16)
-    zero = torch.randint(-8, 8, groups, generator=random, dtype=torch.int8) if zeros and form != "fp4" else None
-    return CodedWeight(form, shape, group, words_of(codes, FORMS[form]), scales, zero, dtype)
+    scales = ((torch.rand(groups, generator=random) + 0.5) / 32).to(torch.float16 if kind else torch.bfloat16)
+    zeros = torch.randint(-8, 8, groups, generator=random, dtype=torch.int8) if kind == "zeros" else None
+    weight = CodedWeight(form, shape, group, words_of(codes, FORMS[form]), scales, zeros, dtype)
+    if form.startswith("fp"):  # has neither zeros nor minima
+        weight, kind = replace(weight, zeros=None), "factors" if kind == "minima" else kind
+    small = torch.randint(1, 64, groups, generator=random, dtype=torch.int8)
+    factors = (torch.rand(features, groups[1] * group // 256, generator=random) / 512 + 1e-4).half()
+    match kind:
+        case "factors":
+            return replace(weight, scales=small, factors=factors)
+        case "minima":
+            return replace(weight, scales=small, factors=factors, zeros=small.flip(0), minima=factors.flip(0))
+        case "divisors":
+            return replace(weight, scales=scales.to(torch.float8_e4m3fn), factors=torch.full((features, 1), 3.7))
+        case "powers of two":
+            powers = torch.randint(110, 120, groups, generator=random).to(torch.uint8)
+            return replace(weight, scales=powers.view(torch.float8_e8m0fnu))
+    return weight
 
 
 def linear(library: Library, x: Tensor, w: PackedWeight) -> Tensor:
@@ -58,14 +94,19 @@ def linear(library: Library, x: Tensor, w: PackedWeight) -> Tensor:
 
 
 def bound_of(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
-    """One rounding to the element type, and 2^-14 of the largest of 32 elements of x, if these become integers."""
+    """One rounding to the element type, and that of 32 elements of x, if these become integers of 15 bits.
+
+    Either half of them are at least 1/16 of the largest, or they become integers of 29 bits.
+    """
     sums = x.double().abs() @ weight.abs().T
     found = ROUNDING[x.dtype] * (exact.abs() + torch.finfo(x.dtype).smallest_normal) + 1e-5 * sums
     if x.dtype != torch.float32:
         padding = (0, -x.shape[1] % 32)
         blocks = torch.nn.functional.pad(x.double().abs(), padding).unflatten(1, (-1, 32))
-        largest = blocks.amax(-1, keepdim=True).expand(blocks.shape).flatten(1)
-        found += 2.0**-14 * largest @ torch.nn.functional.pad(weight.abs(), padding).T
+        largest = blocks.amax(-1, keepdim=True)
+        has_rest = ((blocks < largest / 16) & (blocks > 0)).sum(-1, keepdim=True) > 16
+        error = (largest * torch.where(has_rest, 2.0**-28, 2.0**-14)).expand(blocks.shape).flatten(1)
+        found += error @ torch.nn.functional.pad(weight.abs(), padding).T
     return found
 
 
@@ -80,21 +121,22 @@ def test_every_form_is_exact_to_rounding(
 ) -> None:
     monkeypatch.setenv("SAGELLM_CPU_ISA", isa)
     library = one_kernel(tmp_path, flags)
-    for features, inner, group, zeros in SHAPES:
-        weight = random_weight(form, features, inner, group, zeros, dtype)
+    for features, inner, group, kind in SHAPES:
+        weight = random_weight(form, features, inner, group, kind, dtype)
         packed, values = pack_codes(weight, 1), decoded(weight, torch.float64)
-        assert torch.equal(decoded(unpack_codes(packed), torch.float64), values)
+        assert torch.equal(decoded(unpack_codes(packed), torch.float64), values), kind
         every = torch.randn(40, inner, generator=torch.Generator().manual_seed(1)).to(dtype)
         every[1] *= torch.logspace(-3, 3, inner)
+        every[2, ::32] *= 2000
         whole = linear(library, every, packed)
         exact = every.double() @ values.T
-        assert ((whole.double() - exact).abs() <= bound_of(every, values, exact)).all()
-        for rows in (1, 2, 3, 5, 17):  # a row depends on nothing but the row
+        assert ((whole.double() - exact).abs() <= bound_of(every, values, exact)).all(), kind
+        for rows in (1, 2, 3, 5, 17, 30):  # a row depends on nothing but the row
             assert torch.equal(linear(library, every[:rows], packed), whole[:rows])
 
 
 def test_a_row_that_is_not_finite_stays_so(tmp_path: Path) -> None:
-    packed = pack_codes(random_weight("int8", 20, 70, 70, False, torch.bfloat16), 1)
+    packed = pack_codes(random_weight("int8", 20, 70, 70, "", torch.bfloat16), 1)
     x = torch.ones(3, 70, dtype=torch.bfloat16)
     x[0, 3], x[2, 69] = torch.inf, torch.nan
     found = linear(one_kernel(tmp_path), x, packed)

@@ -21,8 +21,11 @@ TARGETS = {
 VARIANTS = (
     ("linear", "sage::bf16", None),
     ("linear", "float", None),
-    ("linear", "sage::bf16", "SAGE_WEIGHT=int8_codes"),
+    ("linear", "sage::bf16", "SAGE_WEIGHT=int6_codes"),
+    ("linear", "sage::bf16", "SAGE_WEIGHT=fp8_codes"),
+    ("linear", "float", "SAGE_WEIGHT=fp8_codes"),
     ("experts", "sage::bf16", "SAGE_WEIGHT=fp4_codes"),
+    ("embedding", "sage::bf16", "SAGE_WEIGHT=int6_codes"),
     ("attention", "sage::bf16", None),
     ("attention", "sage::bf16", "SAGE_KV=int8_kv"),
     ("qk", "sage::bf16", "SAGE_KV=fp8_kv"),

@@ -37,7 +37,7 @@ def awq_codes(
     *,
     N: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of awq, and zeros if there are any."""
+    """Codes, scales, zeros of awq."""
     ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
     return bits(qweight, 4, 1, order=ORDER)[:, :N].T, scales.T, bits(qzeros, 4, 1, order=ORDER)[:, :N].T
 

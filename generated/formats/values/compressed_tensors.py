@@ -10,9 +10,12 @@ from .algebra import bits, lookup, words
 __all__ = [
     "fp8",
     "fp8_block",
+    "fp8_block_codes",
     "fp8_block_stored",
+    "fp8_codes",
     "fp8_stored",
     "fp8_tensor",
+    "fp8_tensor_codes",
     "fp8_tensor_stored",
     "int8",
     "int8_codes",
@@ -20,6 +23,7 @@ __all__ = [
     "int8_tensor",
     "int8_tensor_codes",
     "nvfp4",
+    "nvfp4_codes",
     "packed",
     "packed_codes",
     "packed_stored",
@@ -48,7 +52,7 @@ def packed_codes(
     K: int,
     b: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of packed, and zeros if there are any."""
+    """Codes, scales, zeros of packed."""
     return bits(weight_packed, b, 1)[:, :K], weight_scale, (1 << b - 1)
 
 
@@ -97,7 +101,7 @@ def packed_zeros_codes(
     K: int,
     b: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of packed_zeros, and zeros if there are any."""
+    """Codes, scales, zeros of packed_zeros."""
     return bits(weight_packed, b, 1)[:, :K], weight_scale, bits(weight_zero_point, b, 0)[:N]
 
 
@@ -132,7 +136,7 @@ def int8_codes(
     weight: Tensor,
     weight_scale: Tensor,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of int8, and zeros if there are any."""
+    """Codes, scales of int8."""
     weight = weight.int()
     return weight, weight_scale
 
@@ -164,7 +168,7 @@ def int8_tensor_codes(
     weight: Tensor,
     weight_scale: Tensor,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of int8_tensor, and zeros if there are any."""
+    """Codes, scales of int8_tensor."""
     weight = weight.int()
     weight_scale = weight_scale.reshape(())
     return weight, weight_scale
@@ -178,6 +182,15 @@ def fp8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtype
     weight = weight.to(of)
     weight_scale = weight_scale.to(of)
     return weight * weight_scale.repeat_interleave(G, 1)[:, :K]
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def fp8_codes(
+    weight: Tensor,
+    weight_scale: Tensor,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales of fp8."""
+    return weight, weight_scale
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -203,6 +216,16 @@ def fp8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
+def fp8_tensor_codes(
+    weight: Tensor,
+    weight_scale: Tensor,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales of fp8_tensor."""
+    weight_scale = weight_scale.reshape(())
+    return weight, weight_scale
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
 def fp8_tensor_stored(
     codes: Tensor,
     scales: Tensor,
@@ -224,6 +247,18 @@ def fp8_block(
     weight = weight.to(of)
     weight_scale = weight_scale.to(of)
     return weight * weight_scale.repeat_interleave(P, 0)[:N].repeat_interleave(Q, 1)[:, :K]
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def fp8_block_codes(
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    N: int,
+    P: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales of fp8_block."""
+    return weight, weight_scale.repeat_interleave(P, 0)[:N]
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -252,3 +287,16 @@ def nvfp4(
         lookup(bits(weight_packed, 4, 1)[:, :K], E2M1, of)
         * (weight_scale / weight_global_scale).repeat_interleave(16, 1)[:, :K]
     )
+
+
+# specs/formats/compressed_tensors.yaml: compressed_tensors
+def nvfp4_codes(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_global_scale: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, factors of nvfp4."""
+    weight_global_scale = weight_global_scale.reshape(())
+    return bits(weight_packed, 4, 1)[:, :K], weight_scale, weight_global_scale

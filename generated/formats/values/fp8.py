@@ -7,7 +7,9 @@ from torch import Tensor
 
 __all__ = [
     "fp8_block",
+    "fp8_block_codes",
     "fp8_tensor",
+    "fp8_tensor_codes",
 ]
 
 
@@ -22,6 +24,16 @@ def fp8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.
 
 
 # specs/formats/fp8.yaml: fp8
+def fp8_tensor_codes(
+    weight: Tensor,
+    weight_scale: Tensor,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales of fp8_tensor."""
+    weight_scale = weight_scale.reshape(())
+    return weight, weight_scale
+
+
+# specs/formats/fp8.yaml: fp8
 def fp8_block(
     weight: Tensor, weight_scale_inv: Tensor, *, N: int, K: int, P: int, Q: int, of: torch.dtype = torch.float64
 ) -> Tensor:
@@ -31,3 +43,15 @@ def fp8_block(
     weight = weight.to(of)
     weight_scale_inv = weight_scale_inv.to(of)
     return weight * weight_scale_inv.repeat_interleave(P, 0)[:N].repeat_interleave(Q, 1)[:, :K]
+
+
+# specs/formats/fp8.yaml: fp8
+def fp8_block_codes(
+    weight: Tensor,
+    weight_scale_inv: Tensor,
+    *,
+    N: int,
+    P: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales of fp8_block."""
+    return weight, weight_scale_inv.repeat_interleave(P, 0)[:N]

@@ -16,16 +16,22 @@ __all__ = [
     "mxfp4",
     "mxfp4_codes",
     "q2_k",
+    "q2_k_codes",
     "q3_k",
+    "q3_k_codes",
     "q4_0",
     "q4_0_codes",
     "q4_0_stored",
     "q4_1",
     "q4_k",
+    "q4_k_codes",
     "q5_0",
+    "q5_0_codes",
     "q5_1",
     "q5_k",
+    "q5_k_codes",
     "q6_k",
+    "q6_k_codes",
     "q8_0",
     "q8_0_codes",
     "q8_0_stored",
@@ -77,7 +83,7 @@ def q8_0_codes(
     *,
     K: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of q8_0, and zeros if there are any."""
+    """Codes, scales of q8_0."""
     d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
     q = blocks[..., 2:34].contiguous().view(torch.int8)
     q = q.int()
@@ -119,7 +125,7 @@ def q4_0_codes(
     *,
     K: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of q4_0, and zeros if there are any."""
+    """Codes, scales, zeros of q4_0."""
     d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
     q = blocks[..., 2:18]
     return joined(bits(q, 4, 2, run=16), 1, K), d, 8
@@ -174,6 +180,27 @@ def q4_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 
 
 # specs/formats/gguf.yaml: gguf
+def q4_k_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, factors, minima, minimum_factors of q4_k."""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+    s = blocks[..., 4:8]
+    m = blocks[..., 8:12]
+    high = blocks[..., 12:16]
+    q = blocks[..., 16:144]
+    s = s.int()
+    m = m.int()
+    high = high.int()
+    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
+    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    return joined(bits(q, 4, 2, run=32), 1, K), joined(scales, 1, K // 32), d, joined(minima, 1, K // 32), dmin
+
+
+# specs/formats/gguf.yaml: gguf
 def q6_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Super-blocks of 16 blocks of 16 values of 6 bits around 32, with scales of 8 bits.
 
@@ -189,6 +216,21 @@ def q6_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
         1,
         K,
     )
+
+
+# specs/formats/gguf.yaml: gguf
+def q6_k_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, zeros, factors of q6_k."""
+    low = blocks[..., 0:128]
+    high = blocks[..., 128:192]
+    scales = blocks[..., 192:208].contiguous().view(torch.int8)
+    d = blocks[..., 208:210].contiguous().view(torch.float16)[..., 0]
+    scales = scales.int()
+    return joined(bits(low, 4, 2, run=64) + 16 * bits(high, 2, 2, run=32), 1, K), joined(scales, 1, K // 16), 32, d
 
 
 # specs/formats/gguf.yaml: gguf
@@ -214,6 +256,19 @@ def q5_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     q = blocks[..., 6:22]
     d = d.to(of)
     return joined(d[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2) - 16), 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_0_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, zeros of q5_0."""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    high = blocks[..., 2:6]
+    q = blocks[..., 6:22]
+    return joined(bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2), 1, K), d, 16
 
 
 # specs/formats/gguf.yaml: gguf
@@ -251,6 +306,21 @@ def q2_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 
 
 # specs/formats/gguf.yaml: gguf
+def q2_k_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, factors, minima, minimum_factors of q2_k."""
+    s = blocks[..., 0:16]
+    q = blocks[..., 16:80]
+    d = blocks[..., 80:82].contiguous().view(torch.float16)[..., 0]
+    dmin = blocks[..., 82:84].contiguous().view(torch.float16)[..., 0]
+    s = s.int()
+    return joined(bits(q, 2, 2, run=32), 1, K), joined(s % 16, 1, K // 16), d, joined(s // 16, 1, K // 16), dmin
+
+
+# specs/formats/gguf.yaml: gguf
 def q3_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Super-blocks of 16 blocks of 16 values of 3 bits around 4, with scales of 6 bits around 32.
 
@@ -268,6 +338,22 @@ def q3_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
         1,
         K,
     )
+
+
+# specs/formats/gguf.yaml: gguf
+def q3_k_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, zeros, factors of q3_k."""
+    high = blocks[..., 0:32]
+    q = blocks[..., 32:96]
+    s = blocks[..., 96:104]
+    t = blocks[..., 104:108]
+    d = blocks[..., 108:110].contiguous().view(torch.float16)[..., 0]
+    scales = bits(s, 4, 2, run=8) + 16 * bits(t, 2, 2, run=4) - 32
+    return joined(bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32), 1, K), joined(scales, 1, K // 16), 4, d
 
 
 # specs/formats/gguf.yaml: gguf
@@ -296,6 +382,34 @@ def q5_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
         - dmin[..., None] * minima.repeat_interleave(32, 2),
         1,
         K,
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_k_codes(
+    blocks: Tensor,
+    *,
+    K: int,
+) -> tuple[Tensor | int, ...]:
+    """Codes, scales, factors, minima, minimum_factors of q5_k."""
+    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+    s = blocks[..., 4:8]
+    m = blocks[..., 8:12]
+    high = blocks[..., 12:16]
+    top = blocks[..., 16:48]
+    q = blocks[..., 48:176]
+    s = s.int()
+    m = m.int()
+    high = high.int()
+    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
+    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    return (
+        joined(bits(q, 4, 2, run=32) + 16 * bits(top, 1, 2, run=32), 1, K),
+        joined(scales, 1, K // 32),
+        d,
+        joined(minima, 1, K // 32),
+        dmin,
     )
 
 
@@ -345,7 +459,7 @@ def mxfp4_codes(
     *,
     K: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of mxfp4, and zeros if there are any."""
+    """Codes, scales of mxfp4."""
     e = blocks[..., 0:1][..., 0]
     q = blocks[..., 1:17]
     e = e.int()

@@ -47,7 +47,7 @@ def gptq_codes(
     K: int,
     b: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of gptq, and zeros if there are any."""
+    """Codes, scales, zeros of gptq."""
     zeros = (bits(qzeros, b, 1)[:, :N] + 1) % (1 << b)
     return bits(qweight, b, 0)[:K].T, scales.T, zeros.T
 
@@ -84,5 +84,5 @@ def gptq_v2_codes(
     K: int,
     b: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of gptq_v2, and zeros if there are any."""
+    """Codes, scales, zeros of gptq_v2."""
     return bits(qweight, b, 0)[:K].T, scales.T, bits(qzeros, b, 1)[:, :N].T

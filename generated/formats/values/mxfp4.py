@@ -30,6 +30,6 @@ def mxfp4_codes(
     *,
     K: int,
 ) -> tuple[Tensor | int, ...]:
-    """Codes and scales of mxfp4, and zeros if there are any."""
+    """Codes, scales of mxfp4."""
     scales = scales.int()
     return joined(bits(blocks, 4, 3), 2, K), power_of_two(scales, torch.float32)

@@ -58,15 +58,18 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """The parts of a value (codes - zeros) * scales, which the function NAME_codes moves out of the stored tensors.
+    """The parts of a value (codes - zeros) * scales, or codes * scales - minima.
 
-    `kind` is the width of the codes, as a number or a size, `i8` or `u8` for bytes, or `fp4`. `group` is the number of
-    inputs of a scale, or its size, empty for all inputs. `index` is the tensor with the group of each input, if any.
+    The function NAME_codes moves them out of the stored tensors, in the order `parts`. `kind` is the width of the
+    codes, as a number or a size, `i8` or `u8` for bytes, `fp4`, or `f8`. `group` is the number of inputs of a scale, or
+    its size, empty for all inputs. `index` is the tensor with the group of each input, if any. Integer scales have
+    `factors`, and those in f8 divisors; minima are integers with `minimum_factors`.
     """
 
     kind: str
     group: str
     index: str = ""
+    parts: tuple[str, ...] = ("codes", "scales")
 
 
 @dataclass(frozen=True, slots=True)

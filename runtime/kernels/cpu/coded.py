@@ -1,12 +1,14 @@
 """Weights of small codes, as checkpoints of quantised models have them, and their packed form for the CPU's GEMMs.
 
-A weight is (code - center - zero) * scale, with a scale, and a zero if there are any, per output and group of inputs.
-The panels are described in `coded.h`.
+A weight is (code - center - zero) * scale, with a scale, and a zero if there are any, per output and group of inputs;
+or code * scale - minimum. The panels are described in `coded.h`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,31 +16,49 @@ from torch import Tensor
 from sageLLM.runtime.kernels.cpu.packing import DEPTH, LINE, PANEL, PackedWeight, WeightMemory, unpack
 
 HEADER_BYTES = 64
-SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of scales; their indices are in the header."""
+SCALE_TYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.int8, torch.float8_e4m3fn
+)  # fmt: skip
+"""Types of scales; their indices are in the header. Those in int8 have factors, those in e4m3 divisors."""
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice the values of FP4 codes."""
+E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A form of codes, with which a kernel is compiled: the codes of 4 bytes, the center, and values by code."""
+    """A form of codes, with which a kernel is compiled: their bits, the center, and values by code."""
 
     name: str
-    step: int
+    bits: int
     center: int
-    values: tuple[int, ...] | None = None
+    values: tuple[float, ...] | None = None
+
+    @property
+    def words(self) -> int:
+        """The words of 32 bits for DEPTH codes."""
+        return DEPTH * self.bits // 32
 
 
-FORMS = {one.name: one for one in (Form("int8", 4, 128), Form("int4", 8, 8), Form("fp4", 8, 0, E2M1))}
+FORMS = {
+    one.name: one
+    for one in (
+        Form("int8", 8, 128),
+        Form("int6", 6, 32),
+        Form("int4", 4, 8),
+        Form("fp4", 4, 0, E2M1),
+        Form("fp8", 8, 0, E4M3),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
 class CodedWeight:
     """A weight [N, K], or [E, N, K], as codes in 32-bit words along K.
 
-    words i32[..., N, ceil(K/32)*32/step]; scales [..., N, groups]; zeros i8 of the same shape, or None. `group` is the
-    number of inputs of a scale.
+    words i32[..., N, ceil(K/32)*words]; scales [..., N, groups] of SCALE_TYPES; zeros i8 of the same shape, or None.
+    `group` is the number of inputs of a scale. Scales in i8 and e4m3 have `factors` [..., N, supers] of f16 and f32,
+    for equal numbers of groups. With `minima`, factors f16 of the zeros, these are minima.
     """
 
     form: str
@@ -48,55 +68,110 @@ class CodedWeight:
     scales: Tensor
     zeros: Tensor | None = None
     dtype: torch.dtype = torch.bfloat16
+    factors: Tensor | None = None
+    minima: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return self.words.device
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by their names; all have the same rows."""
+        found = {name: getattr(self, name) for name in PARTS}
+        return {name: one for name, one in found.items() if one is not None}
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all its tensors."""
-        return sum(one.nbytes for one in (self.words, self.scales, self.zeros) if one is not None)
+        return sum(one.nbytes for one in self.parts.values())
 
     def numel(self) -> int:
         return self.shape.numel()
 
+    def with_parts(self, change: Callable[[Tensor], Tensor]) -> CodedWeight:
+        """A copy with each of the tensors changed."""
+        changed: dict[str, Any] = {name: change(one) for name, one in self.parts.items()}
+        return replace(self, **changed)
+
+
+PARTS = ("words", "scales", "zeros", "factors", "minima")
+"""The fields of CodedWeight that are tensors."""
+
 
 def words_of(codes: Tensor, form: Form) -> Tensor:
-    """Unsigned codes [..., K] as words: the first inputs of a word are in the low halves of its bytes."""
+    """Unsigned codes [..., K] as words, in the order of `read_part` in `coded.h`."""
     inner = codes.shape[-1]
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -inner % DEPTH), value=form.center)
-    if form.step == 8:
-        runs = padded.view(*padded.shape[:-1], -1, 2, 4)
-        padded = (runs[..., 0, :] | runs[..., 1, :] << 4).flatten(-2)
-    return padded.contiguous().view(torch.int32)
+    if form.bits == 8:
+        found = padded
+    elif form.bits == 4:
+        found = _shared(padded, 4)
+    else:
+        low, high = _shared(padded & 0xF, 4), _shared(padded >> 4, 2)
+        found = torch.cat([_runs(low, DEPTH // 2), _runs(high, DEPTH // 4)], -1).flatten(-2)
+    return found.contiguous().view(torch.int32)
+
+
+def _runs(x: Tensor, *sizes: int) -> Tensor:
+    """The last dim as runs of the given sizes."""
+    return x.reshape(*x.shape[:-1], -1, *sizes)
+
+
+def _shared(fields: Tensor, bits: int) -> Tensor:
+    """Bytes of fields: those of each run of four bytes, first the low fields of all four."""
+    runs = _runs(fields, 8 // bits, 4)
+    found = runs[..., 0, :]
+    for i in range(1, 8 // bits):
+        found = found | runs[..., i, :] << bits * i
+    return found.flatten(-2)
+
+
+def _fields(data: Tensor, bits: int) -> Tensor:
+    """The fields of bytes that `_shared` made."""
+    runs = _runs(data, 1, 4)
+    return torch.cat([runs >> bits * i & 2**bits - 1 for i in range(8 // bits)], -2).flatten(-3)
 
 
 def codes_of(words: Tensor, form: Form, inner: int) -> Tensor:
     """The codes u8[..., K] of words."""
     found = words.contiguous().view(torch.uint8)
-    if form.step == 8:
-        runs = found.view(*found.shape[:-1], -1, 1, 4)
-        found = torch.cat([runs & 0xF, runs >> 4], -2).flatten(-3)
+    if form.bits == 4:
+        found = _fields(found, 4)
+    elif form.bits == 6:
+        steps = _runs(found, DEPTH * 3 // 4)
+        low, high = _fields(steps[..., : DEPTH // 2], 4), _fields(steps[..., DEPTH // 2 :], 2)
+        found = (low | high << 4).flatten(-2)
     return found[..., :inner]
 
 
 def decoded(weight: CodedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight, computed in float32 and rounded once."""
-    form = FORMS[weight.form]
     found = torch.empty(weight.shape, dtype=dtype)
     rows = found.view(-1, weight.shape[-1])
-    words, scales = weight.words.view(len(rows), -1), weight.scales.view(len(rows), -1)
-    zeros = None if weight.zeros is None else weight.zeros.view(len(rows), -1)
+    flat = weight.with_parts(lambda one: one.reshape(len(rows), -1))
     step = max(1, 2**21 // max(1, rows.shape[-1]))
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        codes = codes_of(words[part], form, rows.shape[-1]).int()
-        codes = torch.tensor(form.values, dtype=torch.int32)[codes] if form.values else codes - form.center
-        if zeros is not None:
-            codes = codes - _spread(zeros[part].int(), weight.group, rows.shape[-1])
-        rows[part] = codes * _spread(scales[part].float(), weight.group, rows.shape[-1])
+        rows[part] = _values(flat.with_parts(lambda one, part=part: one[part]), rows.shape[-1])  # type: ignore[misc]
     return found
+
+
+def _values(weight: CodedWeight, inner: int) -> Tensor:
+    form, groups = FORMS[weight.form], weight.scales.shape[-1]
+    codes = codes_of(weight.words, form, inner)
+    scales = weight.scales.float()
+    if weight.factors is not None:
+        factors = _spread(weight.factors.float(), -(-groups // weight.factors.shape[-1]), groups)
+        scales = scales * factors if weight.scales.dtype == torch.int8 else scales / factors
+    scales = _spread(scales, weight.group, inner)
+    if weight.minima is not None and weight.zeros is not None:
+        minima = weight.zeros.float() * _spread(weight.minima.float(), -(-groups // weight.minima.shape[-1]), groups)
+        return codes * scales - _spread(minima, weight.group, inner)
+    values = codes.int() - form.center if form.values is None else torch.tensor(form.values)[codes.int()]
+    if weight.zeros is not None:
+        values = values - _spread(weight.zeros.int(), weight.group, inner)
+    return values * scales
 
 
 def _spread(x: Tensor, group: int, inner: int) -> Tensor:
@@ -105,15 +180,13 @@ def _spread(x: Tensor, group: int, inner: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The sizes of a packed weight; offsets in bytes within a panel."""
+    """The sizes of a packed weight; `starts` and `sizes` of the parts are in bytes within a panel."""
 
     experts: int
     gates: int
     blocks: int
-    groups: int
-    group: int
-    zeros: int
-    codes: int
+    starts: dict[str, int]
+    sizes: dict[str, int]
     panel_bytes: int
 
     @property
@@ -122,26 +195,13 @@ class _Layout:
 
 
 def _layout(weight: CodedWeight, gates: int) -> _Layout:
-    features, inner = weight.shape[-2] // gates, weight.shape[-1]
-    groups = weight.scales.shape[-1]
-    scale_bytes = _padded(groups * PANEL * weight.scales.itemsize)
-    zero_bytes = 0 if weight.zeros is None else _padded(groups * PANEL)
-    depth = -(-inner // DEPTH) * DEPTH
-    start = scale_bytes + zero_bytes
-    return _Layout(
-        experts=weight.shape[0] if len(weight.shape) == 3 else 1,
-        gates=gates,
-        blocks=-(-features // PANEL),
-        groups=groups,
-        group=-(-weight.group // DEPTH) * DEPTH,
-        zeros=scale_bytes if zero_bytes else 0,
-        codes=start,
-        panel_bytes=start + depth // FORMS[weight.form].step * PANEL * 4,
-    )
-
-
-def _padded(size: int) -> int:
-    return -(-size // LINE) * LINE
+    starts, sizes, size = {}, {}, 0
+    for name in ("scales", "factors", "zeros", "minima", "words"):
+        if (part := weight.parts.get(name)) is not None:
+            starts[name], sizes[name] = size, part.shape[-1] * PANEL * part.itemsize
+            size += -(-sizes[name] // LINE) * LINE
+    experts = weight.shape[0] if len(weight.shape) == 3 else 1
+    return _Layout(experts, gates, -(-(weight.shape[-2] // gates) // PANEL), starts, sizes, size)
 
 
 def pack_codes(weight: CodedWeight, gates: int, memory: WeightMemory | None = None) -> PackedWeight:
@@ -149,23 +209,39 @@ def pack_codes(weight: CodedWeight, gates: int, memory: WeightMemory | None = No
     layout = _layout(weight, gates)
     memory = memory if memory is not None else WeightMemory(reserve=0)
     values = memory.take(layout.num_bytes, torch.uint8)
-    header = (layout.group, layout.panel_bytes, layout.zeros, layout.codes, SCALE_TYPES.index(weight.scales.dtype))
-    values[:HEADER_BYTES].zero_()
-    values[: 8 * len(header)] = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+    group = weight.group if weight.group < weight.shape[-1] else -(-weight.group // DEPTH) * DEPTH
+    starts, shift = layout.starts, 0
+    if weight.factors is not None:
+        shift = _shift(weight.scales.shape[-1], weight.factors.shape[-1])
+    header = (
+        group,
+        layout.panel_bytes,
+        starts.get("zeros", 0),
+        starts["words"],
+        SCALE_TYPES.index(weight.scales.dtype),
+        starts.get("factors", 0),
+        starts.get("minima", 0),
+        shift,
+    )
+    values[:HEADER_BYTES] = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
     panels = values[HEADER_BYTES:].view(layout.experts, layout.blocks, gates, layout.panel_bytes)
-    panels[..., : layout.codes].zero_()
-    _fill(panels[..., layout.codes :], weight.words, layout)
-    _fill(panels[..., : layout.groups * PANEL * weight.scales.itemsize], weight.scales, layout)
-    if weight.zeros is not None:
-        _fill(panels[..., layout.zeros : layout.zeros + layout.groups * PANEL], weight.zeros, layout)
+    panels[..., : starts["words"]].zero_()
+    for name, part in weight.parts.items():
+        _fill(panels[..., starts[name] : starts[name] + layout.sizes[name]], part, layout)
     return PackedWeight(values, weight.shape, gates, form=weight.form, element=weight.dtype)
+
+
+def _shift(groups: int, factors: int) -> int:
+    """The logarithm of the number of groups that share a factor."""
+    return 62 if factors == 1 else (-(-groups // factors) - 1).bit_length()
 
 
 def _fill(target: Tensor, rows: Tensor, layout: _Layout) -> None:
     """Copies rows [.., N, width] to the panels [experts, blocks, gates, width * 16] of bytes, outputs last."""
     width, features = rows.shape[-1], rows.shape[-2] // layout.gates
-    source = rows.view(layout.experts, layout.gates, features, width)
-    panels = target.view(rows.dtype).view(*target.shape[:-1], width, PANEL)
+    plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[rows.itemsize]
+    source = rows.contiguous().view(plain).view(layout.experts, layout.gates, features, width)
+    panels = target.view(plain).view(*target.shape[:-1], width, PANEL)
     whole = features // PANEL
     if whole:
         inside = source[:, :, : whole * PANEL].reshape(layout.experts, layout.gates, whole, PANEL, width)
@@ -179,14 +255,16 @@ def _fill(target: Tensor, rows: Tensor, layout: _Layout) -> None:
 def unpack_codes(packed: PackedWeight) -> CodedWeight:
     """The codes of a packed weight, for an op without a kernel that reads it packed."""
     assert packed.form is not None, "a packed weight of codes has a form"
-    group, panel_bytes, zeros, codes, scale_type = packed.values[: 8 * 5].clone().view(torch.int64).tolist()
+    header = packed.values[:HEADER_BYTES].clone().view(torch.int64).tolist()
+    group, panel_bytes, zeros, words, scale_type, factors, minima, shift = header
     experts = packed.shape[0] if len(packed.shape) == 3 else 1
     features, inner = packed.shape[-2] // packed.gates, packed.shape[-1]
     groups = -(-inner // group)
+    supers = -(-groups // 2**shift)
     panels = packed.values[HEADER_BYTES:].view(experts, -1, packed.gates, panel_bytes)
 
-    def rows(first: int, size: int, dtype: torch.dtype) -> Tensor:
-        part = panels[..., first : first + size].contiguous().view(dtype)
+    def rows(first: int, width: int, dtype: torch.dtype) -> Tensor:
+        part = panels[..., first : first + width * PANEL * dtype.itemsize].contiguous().view(dtype)
         found = part.view(*part.shape[:-1], -1, PANEL).permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, :features]
         return found.reshape(*packed.shape[:-1], -1)
 
@@ -195,15 +273,17 @@ def unpack_codes(packed: PackedWeight) -> CodedWeight:
         packed.form,
         packed.shape,
         group if groups > 1 else inner,
-        rows(codes, panel_bytes - codes, torch.int32),
-        rows(0, groups * PANEL * kind.itemsize, kind),
-        rows(zeros, groups * PANEL, torch.int8) if zeros else None,
+        rows(words, -(-inner // DEPTH) * FORMS[packed.form].words, torch.int32),
+        rows(0, groups, kind),
+        rows(zeros, groups, torch.int8) if zeros else None,
         packed.dtype,
+        rows(factors, supers, torch.float16 if kind == torch.int8 else torch.float32) if factors else None,
+        rows(minima, supers, torch.float16) if minima else None,
     )
 
 
 def group_of(packed: PackedWeight) -> int:
-    """The inputs of a scale of packed codes, rounded up to a multiple of DEPTH."""
+    """The inputs of a scale of packed codes; of one group, rounded up to a multiple of DEPTH."""
     return int(packed.values[:8].clone().view(torch.int64))
 
 

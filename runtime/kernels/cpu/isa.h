@@ -1,13 +1,14 @@
 // Selection of the microkernel by instruction set: AMX tiles, else AVX512_BF16, else float32 multiply-adds. For coded
-// weights AVX512_VNNI, else float32 multiply-adds.
+// weights AVX512_VNNI if codes are integers or E2M1, and AVX512_BF16 if they are E4M3, else float32 multiply-adds.
 //
 // SAGELLM_CPU_ISA (amx, avx512_bf16, avx512_vnni, fp32) requests another one, for tests; what the machine lacks is
 // skipped.
 #pragma once
 
 #include "microkernel_amx.h"
-#include "microkernel_coded.h"
+#include "microkernel_integers.h"
 #include "microkernel_vector.h"
+#include "microkernel_widened.h"
 
 namespace sage {
 
@@ -20,12 +21,17 @@ template <class Element, class Weight, int ROWS, int PANELS>
 struct MicrokernelFor {
     static const Microkernel<Element, Weight>& select() {
         if constexpr (IsCoded<Weight>::value) {
+            constexpr bool IS_E4M3 = std::is_same<Weight, fp8_codes>::value;
 #if defined(__AVX512VNNI__)
-            if constexpr (sizeof(Element) == 2)
+            if constexpr (sizeof(Element) == 2 && !IS_E4M3)
                 if (allows("amx") || allows("avx512_bf16") || allows("avx512_vnni"))
-                    return coded::INTEGER_MICROKERNEL<Element, Weight>;
+                    return integers::MICROKERNEL<Element, Weight>;
 #endif
-            return coded::FLOAT_MICROKERNEL < Element, Weight, 4, vectors::WIDTH == PANEL ? 2 : 1 > ;
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+            if constexpr (std::is_same<Element, bf16>::value && IS_E4M3)
+                if (allows("amx") || allows("avx512_bf16")) return widened::PAIR_MICROKERNEL<Weight>;
+#endif
+            return widened::FLOAT_MICROKERNEL<Element, Weight>;
         } else {
             return vectors::FLOAT_MICROKERNEL<Element, ROWS, PANELS>;
         }
