@@ -55,7 +55,7 @@ class Exchange:
         self.ignored: list[str] = []
         self._kind = error_kind(scope)
         self._watcher: asyncio.Task[None] | None = None
-        self._write_chunk: WriteChunk | None = scope["state"].get("write_chunk")
+        self._write_chunk: WriteChunk | None = scope["state"].pop("write_chunk", None)
 
     def header(self, name: bytes) -> str | None:
         return header_of(self.scope, name)
@@ -102,8 +102,10 @@ class Exchange:
         self._watcher = asyncio.create_task(watch())
 
     def close(self) -> None:
+        """Forgets what refers to this object in turn, so that no request waits for the garbage collector."""
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None
 
     async def respond(
         self, status: int, body: bytes, kind: str = "application/json", headers: Mapping[str, str] | None = None

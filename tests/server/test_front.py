@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
+import time
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from servers import TestServer
 
+from sageLLM.runtime.server.exchange import Exchange
 from sageLLM.runtime.server.http_protocol import send_now
 from sageLLM.runtime.server.plain_metrics import PlainCounter, PlainHistogram
 from sageLLM.runtime.server.streams import PLACE, TextFrame, frame
@@ -76,3 +80,21 @@ def test_what_a_socket_does_not_take_goes_through_the_transport() -> None:
     closed = Transport(ours)
     send_now(closed, b"abc")
     assert closed.written == b"abc"
+
+
+def test_an_answered_request_is_freed_without_the_garbage_collector(server: TestServer) -> None:
+    """A collection of many requests would stop the front for tens of milliseconds."""
+    gc.collect()
+    gc.disable()
+    try:
+        for is_streamed in (False, True):
+            options = {"max_tokens": 2, "stream": is_streamed}
+            chat = {"messages": [{"role": "user", "content": "a"}]}
+            assert server.post("/v1/completions", {"prompt": "a", **options}).status_code == 200
+            assert server.post("/v1/chat/completions", {**chat, **options}).status_code == 200
+        deadline = time.monotonic() + 10
+        while any(isinstance(one, Exchange) for one in gc.get_objects()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        gc.enable()
