@@ -558,6 +558,11 @@ CODES: dict[str, CodeInfo] = {
         "name of a format",
         "Names of formats, tensors and sizes become names of generated code, and the value must use every tensor.",
     ),
+    "SAGE604": CodeInfo(
+        "architecture of GGUF files",
+        "Keys of the metadata are names or products of names, a name in checkpoints belongs to one tensor of a file, "
+        "and stacks of experts have `{e}`.",
+    ),
     # the generator itself
     "SAGE501": CodeInfo(
         "not written",

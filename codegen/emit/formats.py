@@ -13,7 +13,7 @@ from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTen
 from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header
-from sageLLM.codegen.schema.formats import Setting
+from sageLLM.codegen.schema.formats import ArchitectureSpec, FormatsFile, Setting
 
 FOLDER = "formats"
 BASE = "sageLLM.generated.formats.values.algebra"
@@ -78,7 +78,10 @@ def emit_method(method: MethodDef, renderer: Renderer, *, is_overlay: bool) -> l
     fields = {"groups": spec.groups, "skip": tuple(spec.skip), "keys": tuple(spec.keys), "writes": spec.writes}
     fields = {name: value for name, value in fields.items() if value}
     about = header(method.entry.doc.file, method.name)
-    declared = renderer.render("format.py.jinja", method=method, formats=formats, fields=fields)
+    defaults, architectures = _architectures(spec)
+    declared = renderer.render(
+        "format.py.jinja", method=method, formats=formats, fields=fields, defaults=defaults, architectures=architectures
+    )
     helpers = BASE if is_overlay else ".algebra"
     names = sorted(
         [one.name for one in method.formats]
@@ -109,6 +112,23 @@ def emit_format_table(contents: Contents, renderer: Renderer) -> list[Output]:
         Output(f"{FOLDER}/__init__.py", about + renderer.render("formats_registry.py.jinja", names=names)),
         Output(f"{FOLDER}/values/__init__.py", about + renderer.render("format_values_registry.py.jinja", names=names)),
     ]
+
+
+def _architectures(spec: FormatsFile) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The fields of the defaults and of each architecture that differ from those of `Architecture`."""
+
+    def fields_of(one: ArchitectureSpec) -> dict[str, Any]:
+        given = {name: getattr(one, name) for name in type(one).model_fields if name in one.model_fields_set}
+        return {name: _frozen(value) for name, value in given.items()}
+
+    return fields_of(spec.architecture_defaults), {name: fields_of(one) for name, one in spec.architectures.items()}
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, also in mappings."""
+    if isinstance(value, dict):
+        return {key: _frozen(one) for key, one in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _method_page(method: MethodDef) -> Output:

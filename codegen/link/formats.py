@@ -10,6 +10,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.types import split_dims
 from sageLLM.codegen.link.format_values import Scope, link_value
+from sageLLM.codegen.link.gguf import check_architectures
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.format import ELEMENTS, Extent, FormatDef, MethodDef, Stored, StoredTensor, Value, walk
 from sageLLM.codegen.model.format_stores import stores_of
@@ -29,8 +30,13 @@ def link_methods(raw: Mapping[str, Entry[FormatsFile]], sink: Sink) -> dict[str,
 
 def link_method(entry: Entry[FormatsFile], sink: Sink) -> MethodDef | None:
     """One method, or None after reporting its findings."""
+    is_correct = check_architectures(entry, sink)
     formats = [_FormatLinker(entry, name, spec, sink).linked() for name, spec in entry.spec.formats.items()]
-    return None if any(one is None for one in formats) else MethodDef(entry, tuple(one for one in formats if one))
+    return (
+        None
+        if not is_correct or any(one is None for one in formats)
+        else MethodDef(entry, tuple(one for one in formats if one))
+    )
 
 
 class _FormatLinker:

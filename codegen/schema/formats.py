@@ -51,6 +51,34 @@ class FormatSpec(Strict):
     )
 
 
+class ArchitectureSpec(Strict):
+    """An architecture of GGUF files: its config and its tensors, as Hugging Face checkpoints have them."""
+
+    hf: str = Field(default="", description="the class in `architectures` of config.json")
+    keys: dict[str, str | None] = Field(
+        default={},
+        description="keys of config.json, and those of the metadata after the name of the architecture, or a product "
+        "`a * b / c` of them; null removes one of the defaults",
+    )
+    optional: list[str] = Field(default=[], description="those of `keys` that may be absent")
+    constants: dict[str, Setting | float] = Field(default={}, description="further keys of config.json")
+    present: dict[str, str] = Field(default={}, description="keys that are true if the file has the tensor")
+    names: dict[str, str | None] = Field(
+        default={}, description="names of tensors, without the layer and the last part, and those in checkpoints"
+    )
+    experts: dict[str, str] = Field(default={}, description="names of stacks of experts, with {e} for the expert")
+    rows: list[str] = Field(default=[], description="vectors that checkpoints have as matrices of one row")
+    is_permuted: bool = Field(default=False, description="whether rows of q and k are in pairs of rotated components")
+    adds_one: bool = Field(default=False, description="whether the weights of norms have 1 added")
+    rope: Literal["rope_parameters", "rope_scaling"] = Field(
+        default="rope_parameters",
+        description="the section with the rotation; of `rope_scaling`, `rope_theta` is outside",
+    )
+    refused: dict[str, list[int]] = Field(
+        default={}, description="values of metadata with which the file does not determine the model"
+    )
+
+
 class FormatsFile(Strict):
     """`specs/formats/NAME.yaml`: one quantisation method."""
 
@@ -63,5 +91,11 @@ class FormatsFile(Strict):
     )
     skip: list[str] = Field(default=[], description="keys with a list of modules that are not quantised")
     keys: list[str] = Field(default=[], description="further keys, which do not change values")
+    architecture_defaults: ArchitectureSpec = Field(
+        default=ArchitectureSpec(), description="keys, names and experts that all architectures have"
+    )
+    architectures: dict[str, ArchitectureSpec] = Field(
+        default={}, description="of GGUF files, the architectures by `general.architecture`"
+    )
     writes: dict[str, Setting] = Field(default={}, description="further settings of written checkpoints")
     formats: dict[str, FormatSpec] = Field(description="the formats; the first one with the settings is used")

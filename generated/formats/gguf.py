@@ -3,6 +3,7 @@
 """Types of tensors in GGUF files, as ggml defines them."""
 
 from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart, Written
+from sageLLM.runtime.core.model.gguf import Architecture
 
 __all__ = ["GGUF"]
 
@@ -11,6 +12,190 @@ GGUF = QuantMethod(
     name="gguf",
     spec="specs/formats/gguf.yaml: gguf",
     quant_method=None,
+    architecture_defaults=Architecture(
+        keys={
+            "hidden_size": "embedding_length",
+            "num_hidden_layers": "block_count",
+            "intermediate_size": "feed_forward_length",
+            "num_attention_heads": "attention.head_count",
+            "num_key_value_heads": "attention.head_count_kv",
+            "head_dim": "attention.key_length",
+            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+            "max_position_embeddings": "context_length",
+        },
+        optional=("num_key_value_heads", "head_dim"),
+        names={
+            "token_embd": "model.embed_tokens",
+            "output_norm": "model.norm",
+            "output": "lm_head",
+            "attn_norm": "input_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+            "ffn_gate_inp": "mlp.gate",
+        },
+        experts={
+            "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+            "ffn_up_exps": "mlp.experts.{e}.up_proj",
+            "ffn_down_exps": "mlp.experts.{e}.down_proj",
+        },
+    ),
+    architectures={
+        "llama": Architecture(
+            hf="LlamaForCausalLM",
+            present={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
+            is_permuted=True,
+        ),
+        "qwen2": Architecture(
+            hf="Qwen2ForCausalLM",
+        ),
+        "qwen2moe": Architecture(
+            hf="Qwen2MoeForCausalLM",
+            keys={
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+                "num_experts": "expert_count",
+                "num_experts_per_tok": "expert_used_count",
+            },
+            constants={"norm_topk_prob": False},
+            names={
+                "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+                "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+                "ffn_up_shexp": "mlp.shared_expert.up_proj",
+                "ffn_down_shexp": "mlp.shared_expert.down_proj",
+            },
+            rows=("ffn_gate_inp_shexp",),
+        ),
+        "qwen3": Architecture(
+            hf="Qwen3ForCausalLM",
+        ),
+        "qwen3moe": Architecture(
+            hf="Qwen3MoeForCausalLM",
+            keys={
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "num_experts": "expert_count",
+                "num_experts_per_tok": "expert_used_count",
+            },
+            constants={"norm_topk_prob": True},
+        ),
+        "gemma": Architecture(
+            hf="GemmaForCausalLM",
+            adds_one=True,
+        ),
+        "gemma2": Architecture(
+            hf="Gemma2ForCausalLM",
+            keys={
+                "query_pre_attn_scalar": "attention.key_length",
+                "sliding_window": "attention.sliding_window",
+                "attn_logit_softcapping": "attn_logit_softcapping",
+                "final_logit_softcapping": "final_logit_softcapping",
+            },
+            names={
+                "ffn_norm": "pre_feedforward_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "post_ffw_norm": "post_feedforward_layernorm",
+            },
+            adds_one=True,
+            refused={"block_count": (46,)},
+        ),
+        "gemma3": Architecture(
+            hf="Gemma3ForCausalLM",
+            keys={"query_pre_attn_scalar": "attention.key_length", "sliding_window": "attention.sliding_window"},
+            constants={"rope_local_base_freq": 10000.0},
+            names={
+                "ffn_norm": "pre_feedforward_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "post_ffw_norm": "post_feedforward_layernorm",
+            },
+            adds_one=True,
+            rope="rope_scaling",
+            refused={"block_count": (62,)},
+        ),
+        "phi3": Architecture(
+            hf="Phi3ForCausalLM",
+            keys={"sliding_window": "attention.sliding_window"},
+            optional=("sliding_window",),
+            names={"attn_qkv": "self_attn.qkv_proj", "ffn_gate": None, "ffn_up": "mlp.gate_up_proj"},
+        ),
+        "starcoder2": Architecture(
+            hf="Starcoder2ForCausalLM",
+            keys={"rms_norm_eps": None, "norm_epsilon": "attention.layer_norm_epsilon"},
+            present={"use_bias": "blk.0.ffn_up.bias"},
+            names={"ffn_gate": None, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        ),
+        "nemotron": Architecture(
+            hf="NemotronForCausalLM",
+            keys={
+                "rms_norm_eps": None,
+                "norm_eps": "attention.layer_norm_epsilon",
+                "partial_rotary_factor": "rope.dimension_count * attention.head_count / embedding_length",
+            },
+            present={"mlp_bias": "blk.0.ffn_up.bias", "attention_bias": "blk.0.attn_q.bias"},
+            names={"ffn_gate": None},
+            adds_one=True,
+        ),
+        "stablelm": Architecture(
+            hf="StableLmForCausalLM",
+            keys={
+                "rms_norm_eps": None,
+                "layer_norm_eps": "attention.layer_norm_epsilon",
+                "partial_rotary_factor": "rope.dimension_count * attention.head_count / embedding_length",
+                "use_parallel_residual": "use_parallel_residual",
+            },
+            optional=("use_parallel_residual",),
+            present={"use_qkv_bias": "blk.0.attn_q.bias"},
+        ),
+        "olmo2": Architecture(
+            hf="Olmo2ForCausalLM",
+            names={
+                "attn_norm": None,
+                "ffn_norm": None,
+                "post_attention_norm": "post_attention_layernorm",
+                "post_ffw_norm": "post_feedforward_layernorm",
+            },
+        ),
+        "olmoe": Architecture(
+            hf="OlmoeForCausalLM",
+            keys={"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+        ),
+        "glm4": Architecture(
+            hf="Glm4ForCausalLM",
+            keys={"partial_rotary_factor": "rope.dimension_count / attention.key_length"},
+            present={"attention_bias": "blk.0.attn_q.bias"},
+            names={
+                "ffn_gate": None,
+                "ffn_up": "mlp.gate_up_proj",
+                "post_attention_norm": "post_self_attn_layernorm",
+                "post_ffw_norm": "post_mlp_layernorm",
+            },
+        ),
+        "granite": Architecture(
+            hf="GraniteForCausalLM",
+            keys={
+                "attention_multiplier": "attention.scale",
+                "embedding_multiplier": "embedding_scale",
+                "residual_multiplier": "residual_scale",
+                "logits_scaling": "logit_scale",
+            },
+            is_permuted=True,
+        ),
+        "smollm3": Architecture(
+            hf="SmolLM3ForCausalLM",
+            is_permuted=True,
+        ),
+        "seed_oss": Architecture(
+            hf="SeedOssForCausalLM",
+            present={"attention_bias": "blk.0.attn_q.bias", "attention_out_bias": "blk.0.attn_output.bias"},
+            names={"ffn_norm": None, "post_attention_norm": "post_attention_layernorm"},
+        ),
+    },
     formats=(
         Format(
             name="float32",

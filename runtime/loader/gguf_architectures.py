@@ -1,73 +1,31 @@
-"""Configs and tensor names of the architectures of GGUF files, as those of Hugging Face checkpoints."""
+"""Configs and tensor names of the architectures of GGUF files, as those of Hugging Face checkpoints.
+
+The architectures are those of `specs/formats/gguf.yaml`.
+"""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from sageLLM.generated.formats import METHODS
+from sageLLM.runtime.core.model.gguf import Architecture, factors_of
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.gguf_reader import GgufHeader
 
-_KEYS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-}
-"""Keys of config.json, and those of the metadata after the name of the architecture."""
-_EXPERT_KEYS = {
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-}
-_OPTIONAL = ("num_key_value_heads", "head_dim")
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-}
-_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+METHOD = "gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 """A tensor with the factors of the wave lengths of Llama 3.1 and later."""
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """An architecture of Hugging Face, with further keys of its config.
-
-    `is_permuted`: the rows of q and k are in the order of rotation of adjacent components.
-    """
-
-    hf: str
-    is_permuted: bool = False
-    keys: Mapping[str, str] = field(default_factory=lambda: _KEYS)
-    constants: tuple[tuple[str, Any], ...] = ()
-
-
+PREFIX = "model.layers."
+"""The names of layers in Hugging Face checkpoints."""
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", is_permuted=True),
-    "qwen2": Architecture("Qwen2ForCausalLM"),
-    "qwen3": Architecture("Qwen3ForCausalLM"),
-    "qwen3moe": Architecture(
-        "Qwen3MoeForCausalLM", keys={**_KEYS, **_EXPERT_KEYS}, constants=(("norm_topk_prob", True),)
-    ),
+    name: one.with_defaults(METHODS[METHOD].architecture_defaults)
+    for name, one in METHODS[METHOD].architectures.items()
 }
 """By `general.architecture`."""
 
@@ -80,31 +38,65 @@ def architecture_of(header: GgufHeader) -> Architecture:
         raise CheckpointError(f"{header.path}: 'general.architecture' must be one of {known}, got {shown(name)}")
     if header.metadata.get("split.count", 0) not in (0, 1):
         raise CheckpointError(f"{header.path}: 'split.count' must be 1; merge the files with llama-gguf-split --merge")
-    return ARCHITECTURES[name]
+    found = ARCHITECTURES[name]
+    for key, values in found.refused.items():
+        if (value := header.metadata.get(f"{name}.{key}")) in values:
+            raise CheckpointError(
+                f"{header.path}: '{name}.{key}' of {value} is not supported: such files do not determine the config; "
+                "use the checkpoint of Hugging Face"
+            )
+    return found
 
 
 def config_of(header: GgufHeader, factors: Sequence[float] | None, dtype: str) -> dict[str, Any]:
     """A config.json with the sizes and the rotation of the metadata; `factors` are the values of ROPE_FACTORS."""
     architecture = architecture_of(header)
-    name = header.metadata["general.architecture"]
     config: dict[str, Any] = {"architectures": [architecture.hf], "dtype": dtype}
-    for key, stored in architecture.keys.items():
-        value = header.metadata.get(f"{name}.{stored}")
-        if value is None and key in _OPTIONAL:
-            continue
-        if type(value) not in (int, float):
-            raise CheckpointError(f"{header.path}: '{name}.{stored}' must be a number, got {shown(value)}")
-        config[key] = value
+    for key, product in architecture.keys.items():
+        if (
+            product is not None
+            and (value := _value(header, product, is_optional=key in architecture.optional)) is not None
+        ):
+            config[key] = value
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{header.path}: expected the tensor 'token_embd.weight'; pass a file with a whole model")
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
-    if name == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    config |= {key: tensor in header.tensors for key, tensor in architecture.present.items()}
     config |= {key: header.metadata[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id")
                if f"tokenizer.ggml.{key}" in header.metadata}  # fmt: skip
-    return {**config, **dict(architecture.constants), "rope_parameters": _rope(header, name, factors)}
+    return {**config, **architecture.constants, **_rope_section(header, architecture, factors)}
+
+
+def _value(header: GgufHeader, product: str, *, is_optional: bool) -> Any:
+    """The value of a key of the metadata, or of a product of several; None if an optional one is absent."""
+    name = header.metadata["general.architecture"]
+    found: Any = 1
+    for key, power in factors_of(product):
+        value = header.metadata.get(f"{name}.{key}")
+        if value is None and is_optional:
+            return None
+        if type(value) not in (int, float, bool) or (power < 0 and not value):
+            raise CheckpointError(f"{header.path}: '{name}.{key}' must be a number, got {shown(value)}")
+        found = value if product == key else found * value if power > 0 else found / value
+    return _shortest(found) if isinstance(found, float) else found
+
+
+def _shortest(value: float) -> float:
+    """The number with the fewest digits that is stored as this float32: 1e-5 for 9.99999975e-06."""
+    with np.errstate(over="ignore"):
+        short = np.float32(value)
+    return float(str(short)) if float(short) == value else value
+
+
+def _rope_section(header: GgufHeader, architecture: Architecture, factors: Sequence[float] | None) -> dict[str, Any]:
+    """The section of config.json with the rotation."""
+    section = _rope(header, header.metadata["general.architecture"], factors)
+    if architecture.rope == "rope_parameters":
+        return {"rope_parameters": section}
+    theta = section.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if section["rope_type"] == "default" else section}
 
 
 def _rope(header: GgufHeader, name: str, factors: Sequence[float] | None) -> dict[str, Any]:
@@ -153,15 +145,34 @@ def _llama3_factors(theta: float, factor: float, count: int) -> Iterator[float]:
         yield 1.0 if length < shortest else factor if length > longest else transition
 
 
-def names_of(stored: str) -> tuple[str, Callable[[int], str] | None] | None:
-    """The name in Hugging Face checkpoints, and for a stack of experts that of each; None for an unknown name."""
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """The name of a tensor in Hugging Face checkpoints, with `{e}` in that of a stack of experts.
+
+    `stem` is the name in files, without the layer and the last part.
+    """
+
+    name: str
+    stem: str
+
+    @property
+    def has_experts(self) -> bool:
+        return "{e}" in self.name
+
+    def of(self, expert: int) -> str:
+        return self.name.replace("{e}", str(expert))
+
+
+def name_of(stored: str, architecture: Architecture) -> TensorName | None:
+    """The name of a tensor of a file; None for an unknown one."""
     stem, _, end = stored.rpartition(".")
     prefix = ""
     if stem.startswith("blk."):
         _, layer, stem = stem.split(".", 2) if stem.count(".") >= 2 else ("", "", "")
-        prefix = f"model.layers.{layer}."
-    if stem in _NAMES and bool(prefix) == (not _NAMES[stem].startswith(("model.", "lm_head"))):
-        return f"{prefix}{_NAMES[stem]}.{end}", None
-    if prefix and stem in _EXPERTS:
-        return stored, lambda expert: f"{prefix}mlp.experts.{expert}.{_EXPERTS[stem]}.{end}"
+        prefix = f"{PREFIX}{layer}."
+    name = architecture.names.get(stem)
+    if name is not None and bool(prefix) == (not name.startswith(("model.", "lm_head"))):
+        return TensorName(f"{prefix}{name}.{end}", stem)
+    if prefix and stem in architecture.experts:
+        return TensorName(f"{prefix}{architecture.experts[stem]}.{end}", stem)
     return None

@@ -18,23 +18,26 @@ from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.loader.codes import coded, why_not_coded
 from sageLLM.runtime.loader.dequantize import dequantize
-from sageLLM.runtime.loader.gguf_architectures import ROPE_FACTORS, architecture_of, names_of
+from sageLLM.runtime.loader.gguf_architectures import ROPE_FACTORS, TensorName, architecture_of, name_of
 from sageLLM.runtime.loader.gguf_reader import GgufHeader, GgufTensor, read_gguf_header
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
 
-METHOD = "gguf"
 _BLOCKS = StoredPart("blocks", "u8", (Extent("N"), Extent("K", (), ("B",))))
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The rows `start:stop` of a tensor in the file, with the number of heads if the rows are permuted."""
+    """The rows of a tensor in the file from `start` on, in the `shape` of the checkpoint.
+
+    Rows of `num_heads` heads are permuted if it is not 0; `offset` is added to the values.
+    """
 
     tensor: GgufTensor
     format: Format
     shape: tuple[int, ...]
     start: int = 0
     num_heads: int = 0
+    offset: float = 0.0
 
 
 class GgufCheckpoint(Checkpoint):
@@ -62,6 +65,7 @@ class GgufCheckpoint(Checkpoint):
         format, blocks, sizes = self._blocks(source)
         found = dequantize(format, self._values[format.name], blocks, sizes, dtype or torch.float32)
         found = found.view(source.shape)
+        found = found + source.offset if source.offset else found
         found = _unpermuted(found, source.num_heads) if source.num_heads else found
         return found if rows is None else found[rows]
 
@@ -118,27 +122,34 @@ def _format_of(tensor: GgufTensor, formats: Mapping[object, Format], header: Ggu
 
 def _sources(tensor: GgufTensor, format: Format, header: GgufHeader) -> dict[str, _Source]:
     """The tensors of a checkpoint that one of the file contains: itself, or a stack of experts."""
-    names = names_of(tensor.name)
-    if names is None:
+    architecture = architecture_of(header)
+    found = name_of(tensor.name, architecture)
+    if found is None:
         return {tensor.name: _Source(tensor, format, tensor.shape)}  # reported as unused by the layout
-    name, name_of_expert = names
-    if name_of_expert is not None and len(tensor.shape) == 3:
+    if found.has_experts and len(tensor.shape) == 3:
         experts, outputs, inputs = tensor.shape
-        return {
-            name_of_expert(i): _Source(tensor, format, (outputs, inputs), start=i * outputs) for i in range(experts)
-        }
-    heads = 0
-    if architecture_of(header).is_permuted and ".self_attn." in name:
-        key = {"q_proj": "head_count", "k_proj": "head_count_kv"}.get(name.split(".")[-2], "")
-        arch = header.metadata["general.architecture"]
-        default = header.metadata.get(f"{arch}.attention.head_count", 0)
-        heads = header.metadata.get(f"{arch}.attention.{key}", default) if key else 0
+        return {found.of(i): _Source(tensor, format, (outputs, inputs), start=i * outputs) for i in range(experts)}
+    heads = permuted_heads(found, header.metadata) if architecture.is_permuted else 0
     if heads and (type(heads) is not int or tensor.shape[0] % (2 * heads)):
         raise CheckpointError(
             f"{header.path}: the rows of {quoted(tensor.name)} must be pairs in {heads!r:.20} heads, got "
             f"{tensor.shape[0]}; download it again"
         )
-    return {name: _Source(tensor, format, tensor.shape, num_heads=heads)}
+    shape = (1, *tensor.shape) if found.stem in architecture.rows and len(tensor.shape) == 1 else tensor.shape
+    offset = -1.0 if architecture.adds_one and is_norm(found) else 0.0
+    return {found.name: _Source(tensor, format, shape, num_heads=heads, offset=offset)}
+
+
+def permuted_heads(name: TensorName, metadata: Mapping[str, Any]) -> Any:
+    """The heads of a tensor with permuted rows, from the metadata; 0 for another tensor."""
+    key = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.stem)
+    arch = metadata["general.architecture"]
+    default = metadata.get(f"{arch}.attention.head_count", 0)
+    return 0 if key is None else metadata.get(f"{arch}.attention.{key}", default)
+
+
+def is_norm(name: TensorName) -> bool:
+    return name.name.endswith("norm.weight")
 
 
 def _unpermuted(x: Tensor, num_heads: int) -> Tensor:

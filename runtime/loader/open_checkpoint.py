@@ -5,7 +5,8 @@ from pathlib import Path
 from sageLLM.runtime.loader.checkpoint_index import has_single_file
 from sageLLM.runtime.loader.config_file import read_config_file
 from sageLLM.runtime.loader.format_choice import choose_formats
-from sageLLM.runtime.loader.gguf_checkpoint import METHOD, open_gguf
+from sageLLM.runtime.loader.gguf_architectures import METHOD
+from sageLLM.runtime.loader.gguf_checkpoint import open_gguf
 from sageLLM.runtime.loader.gguf_folder import WEIGHTS
 from sageLLM.runtime.loader.quantization import find_in_config, method_of
 from sageLLM.runtime.loader.quantized_checkpoint import QuantizedCheckpoint

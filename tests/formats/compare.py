@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from sageLLM.runtime.loader.gguf_architectures import ARCHITECTURES
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
 from sageLLM.runtime.quantize.scheme import Scheme
@@ -63,7 +64,22 @@ def gguf(folder: Path) -> None:
     check("gguf", model, {key: checkpoint.read(key) for key in checkpoint})
 
 
+def names() -> None:
+    """The names of tensors beside those that the gguf package gives for each architecture."""
+    from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    kinds = {name: MODEL_ARCH(kind) for kind, name in MODEL_ARCH_NAMES.items()}
+    for architecture, one in ARCHITECTURES.items():
+        known = get_tensor_name_map(kinds[architecture], 1)
+        blocks = {stem: name for stem, name in one.names.items() if name and not name.startswith(("model.", "lm_head"))}
+        found = {stem: known.get_name(f"model.layers.0.{name}") for stem, name in blocks.items()}
+        wrong = [stem for stem, name in found.items() if name not in (None, f"blk.0.{stem}")]
+        print(f"{architecture}: {sum(map(bool, found.values()))} names are known, {len(wrong)} differ", *wrong)
+
+
 def main() -> None:
+    names()
     with tempfile.TemporaryDirectory() as folder:
         for form in (
             "int8",

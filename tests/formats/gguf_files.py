@@ -30,7 +30,23 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "norm": "output_norm",
     "lm_head": "output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
 }
+NORMS_AFTER = ("gemma2", "gemma3", "olmo2", "seed_oss")
+"""Architectures that have the norm `post_attention_layernorm` after attention, or under this name."""
+PERMUTED = ("llama", "granite", "smollm3")
+ADDS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 HALVES = {"q4_k": ((0, 2), (2, 4)), "q6_k": ((208, 210),), "q8_0": ((0, 2),), "q4_0": ((0, 2),)}
 """The places of float16 scales in a block."""
 
@@ -85,12 +101,13 @@ def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def stored_name(name: str) -> str:
+def stored_name(name: str, architecture: str) -> str:
     stem, _, end = name.removeprefix("model.").rpartition(".")
     if not stem.startswith("layers."):
         return f"{NAMES[stem]}.{end}"
     _, layer, stem = stem.split(".", 2)
-    return f"blk.{layer}.{NAMES[stem]}.{end}"
+    is_after = stem == "post_attention_layernorm" and architecture in NORMS_AFTER
+    return f"blk.{layer}.{'post_attention_norm' if is_after else NAMES[stem]}.{end}"
 
 
 def metadata_of(folder: Path, architecture: str) -> dict[str, Any]:
@@ -107,13 +124,30 @@ def metadata_of(folder: Path, architecture: str) -> dict[str, Any]:
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+        "use_parallel_residual": "use_parallel_residual",
     }
+    epsilons = [config[key] for key in ("norm_epsilon", "norm_eps", "layer_norm_eps") if key in config]
+    config |= {"layer_norm_epsilon": epsilons[0]} if epsilons else {}
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     config.setdefault("num_experts", config.get("num_local_experts"))
     found = {f"{architecture}.{key}": config[hf] for key, hf in keys.items() if config.get(hf) is not None}
     return {
         "general.architecture": architecture,
         **found,
-        f"{architecture}.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        f"{architecture}.rope.freq_base": rope["rope_theta"],
+        f"{architecture}.rope.dimension_count": int(width * part),
     }
 
 
@@ -145,8 +179,10 @@ def convert(folder: Path, path: Path, architecture: str, names: Mapping[str, str
             tensors[key] = (shape, kind, np.stack(stacks[key]).tobytes())
             continue
         part = name.split(".")[-2]
-        rows = permuted(rows, heads[part]) if architecture == "llama" and part in heads else rows
-        tensors[stored_name(name)] = (tensor.shape, kind, np.ascontiguousarray(rows).tobytes())
+        rows = permuted(rows, heads[part]) if architecture in PERMUTED and part in heads else rows
+        rows = rows + np.float32(1) if architecture in ADDS_ONE and name.endswith("norm.weight") else rows
+        shape = tensor.shape[1:] if part == "shared_expert_gate" else tensor.shape
+        tensors[stored_name(name, architecture)] = (shape, kind, np.ascontiguousarray(rows).tobytes())
     write(path, {**metadata_of(folder, architecture), **metadata}, tensors)
     copy = path.parent / "plain"
     copy.mkdir()

@@ -34,6 +34,7 @@ WORDS: dict[str, Any] = {
     "tokenizer.ggml.merges": ["! !"],
     "tokenizer.ggml.eos_token_id": 1,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FORMATS = {"q_proj.weight": "q8_0", "up_proj.weight": "q4_0", "k_proj.weight": "q8_0", "lm_head.weight": "q8_0"}
 
 
@@ -54,6 +55,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "qwen3moe",
             {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
         ),
+        ("Qwen2Moe", "qwen2moe", {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}),
+        ("Olmoe", "olmoe", EXPERTS),
+        ("Gemma", "gemma", {"head_dim": 32}),
+        ("Gemma2", "gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
+        ("Gemma3Text", "gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
+        ("Phi3", "phi3", {"pad_token_id": 0}),
+        ("Starcoder2", "starcoder2", {}),
+        ("Nemotron", "nemotron", {}),
+        ("StableLm", "stablelm", {"use_parallel_residual": False}),
+        ("Olmo2", "olmo2", {}),
+        ("Glm4", "glm4", {"head_dim": 32, "pad_token_id": 0}),
+        ("Granite", "granite", {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+        ("SmolLM3", "smollm3", {"pad_token_id": 0}),
+        ("SeedOss", "seed_oss", {"head_dim": 32}),
     ],
 )
 def test_the_answers_are_those_of_the_dequantised_checkpoint(
@@ -177,7 +192,7 @@ Q = gguf_files.text("blk.0.attn_q.weight") + struct.pack("<IQQ", 2, 64, 64)
         (b"GGUF", b"GGML", "must begin with GGUF; pass a GGUF file, or a checkpoint folder"),
         (b"GGUF\3", b"GGUF\1", "byte 8 of the header: version 1 is not supported; supported are 2 and 3"),
         (b"llama.block_count", b"llama.block_counT", "'llama.block_count' must be a number, got null"),
-        (gguf_files.typed("llama"), gguf_files.typed("mamba"), "must be one of llama, qwen2, qwen3, qwen3moe, got"),
+        (gguf_files.typed("llama"), gguf_files.typed("mamba"), "must be one of llama, qwen2, qwen2moe, qwen3,"),
         (Q + struct.pack("<I", 8), Q + struct.pack("<I", 16), "'blk.0.attn_q.weight' has the type 16, which is not"),
         (Q, Q[:-16] + struct.pack("<QQ", 60, 64), "the rows of 'blk.0.attn_q.weight' must be multiples of 32 elements"),
         (Q, Q[:-16] + struct.pack("<QQ", 64, 2**40), "'blk.0.attn_q.weight' ends at byte"),

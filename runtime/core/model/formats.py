@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from sageLLM.runtime.core.model.gguf import Architecture
+
 Setting = str | int | bool | None
 Term = str | int
 """A number, or the name of a size."""
@@ -128,3 +130,5 @@ class QuantMethod:
     skip: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     writes: Mapping[str, Setting] = field(default_factory=dict)
+    architecture_defaults: Architecture = field(default_factory=Architecture)
+    architectures: Mapping[str, Architecture] = field(default_factory=dict)
