@@ -13,6 +13,7 @@ from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.executor.token_reader import PendingTokens
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.sampling.logprobs import score_prompt
+from sageLLM.runtime.sampling.share import Share
 from sageLLM.runtime.worker.block_copies import TieredPool
 from sageLLM.runtime.worker.faults import LOG, reason_of, reraise_unless_attributable
 from sageLLM.runtime.worker.kv_pages import KVPages
@@ -200,8 +201,10 @@ class Worker:
             assert self._token_return is not None, "a stage without logits must have a TokenReturn"
             self._token_return.expect(batch.sampled)
             return
+        # Layouts that scale or cap their logits gather them first: each rank has them all.
+        share = None if logits.best is None else self._share
         for chunk, span in spans:
-            self._score_prompt(chunk, logits.values[span], result)
+            self._score_prompt(chunk, logits.values[span], share, result)
         if sampler.sequences:
             self._sample(sampler, batch.first_row, logits, result)
             if self._token_return is not None:
@@ -247,15 +250,15 @@ class Worker:
         result.failures[sequence.sequence_id] = reason_of(error)
         _append_nothing(sampled)
 
-    def _score_prompt(self, chunk: SequenceChunk, logits: Tensor, result: StepResult) -> None:
+    def _score_prompt(self, chunk: SequenceChunk, logits: Tensor, share: Share | None, result: StepResult) -> None:
         sequence = chunk.sequence
         assert sequence.sampling is not None, "only generated sequences are scored"
         try:
             following = [sequence.prompt_token_ids[position + 1] for position in chunk.scored]
             num_top = sequence.sampling.params.prompt_logprobs or 0
-            if self._share is not None:
-                logits = logits[:, : self._share.count]
-            scored = score_prompt(logits, following, num_top, self._share)
+            if share is not None:
+                logits = logits[:, : share.count]
+            scored = score_prompt(logits, following, num_top, share)
             result.prompt_scores.append(PromptScores(sequence.sequence_id, list(chunk.scored), scored))
         except BaseException as error:
             if self._share is not None:

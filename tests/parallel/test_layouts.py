@@ -11,6 +11,7 @@ CHOSEN = {
     "mixtral": ("time_share", ["2x1"]),
     "deepseek_v2": ("strict", ["2x1"]),
     "gemma3": ("hybrid", ["1x2"]),
+    "granite": ("hybrid", ["2x1"]),  # with a factor on the logits
 }
 
 
