@@ -141,6 +141,114 @@ TARGETS: dict[str, Target] = {
             ),
         },
     ),
+    # specs/targets.yaml: sm_86
+    "sm_86": Target(
+        shared_memory=101376,
+        processors=58,
+        last_program_merges=True,
+        kernels={
+            "paged_decode": (
+                Configuration(
+                    {"E": 2, "D": 128, "Dv": 128},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 32,
+                        "BLOCK_N": 64,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 256, "Dv": 256},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 32,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 576, "Dv": 512},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 32,
+                        "PROGRAMS": 3,
+                        "WARPS": 8,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 4, "D": 128, "Dv": 128},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 32,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 4, "D": 576, "Dv": 576},
+                    None,
+                    "in float32 its tiles fit neither the registers nor the shared memory",
+                ),
+            ),
+            "paged_prefill": (
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
+                Configuration(
+                    {"E": 4, "D": 576, "Dv": 576},
+                    None,
+                    "in float32 its tiles fit neither the registers nor the shared memory",
+                ),
+            ),
+            "varlen": (
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
+                Configuration(
+                    {"E": 4, "D": 576, "Dv": 576},
+                    None,
+                    "in float32 its tiles fit neither the registers nor the shared memory",
+                ),
+            ),
+            "linear": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
+            ),
+            "row_prologue": (
+                Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
+            "expert_linear": (
+                Configuration(
+                    {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration(
+                    {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
+            ),
+        },
+    ),
     # specs/targets.yaml: sm_90
     "sm_90": Target(
         shared_memory=232448,
@@ -462,7 +570,10 @@ TARGETS: dict[str, Target] = {
     ),
 }
 
-COVERED: dict[str, str] = {}
+COVERED: dict[str, str] = {
+    "sm_89": "sm_86",
+    "sm_120": "sm_86",
+}
 """Other targets, and the one of which they use the rows."""
 
 

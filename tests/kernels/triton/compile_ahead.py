@@ -3,6 +3,7 @@
     python compile_ahead.py sm_90:all
     python compile_ahead.py sm_80:linear,rope gfx942:linear
     python compile_ahead.py sm_90:sizes sm_80:sizes=linear      attention, GEMMs and experts at many sizes
+    python compile_ahead.py sm_89:few                           the same in bf16, one group of heads for each size
     SAGELLM_TREE=FOLDER python compile_ahead.py sm_90:all       the kernels of a generated overlay
 
 The launchers run unchanged, on tensors without data. A stub replaces the driver, so that Triton's JIT specialises the
@@ -16,7 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sageLLM.generated.kernels.triton.targets import why_reference
+from sageLLM.generated.kernels.triton.targets import COVERED, why_reference
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TypePattern
@@ -43,8 +44,11 @@ OPS = import_module(f"{PACKAGE}.ops").OPS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 WITH_SIZE, REGISTER_COUNT, FRAME_SIZE = 0x04, 0x2F, 0x11
@@ -210,10 +214,10 @@ def amd_needs(assembly: str) -> dict[str, Any]:
     return {"registers": registers, "spilled": spilled, "opcodes": ["MFMA"] if "v_mfma" in assembly else []}
 
 
-def size_needs(target: str, ops: Container[str]) -> dict[str, dict[str, Any]]:
+def size_needs(target: str, cases: Iterable[Case]) -> dict[str, dict[str, Any]]:
     """The needs at many sizes by label and kernel; those of a label are the greatest of its cases."""
     found: dict[str, dict[str, Any]] = {}
-    for case in cases_of_sizes(ops):
+    for case in cases:
         if reason := why_reference_of(case, target):
             found[case.label] = {"reference": reason}
             continue
@@ -226,11 +230,17 @@ def size_needs(target: str, ops: Container[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def few_cases() -> Iterable[Case]:
+    """The first case of each label in bf16."""
+    cases = [case for case in cases_of_sizes(KERNELS) if case.dtype == torch.bfloat16]
+    return {case.label: case for case in reversed(cases)}.values()
+
+
 def why_reference_of(case: Case, target: str) -> str | None:
     if case.op not in TEMPLATES:
         return None
     sizes = {"E": case.dtype.itemsize, **{name: case.sizes[name] for name in ("D", "Dv") if "attention" in case.op}}
-    return why_reference(target, TEMPLATES[case.op], sizes)
+    return why_reference(COVERED.get(target, target), TEMPLATES[case.op], sizes)
 
 
 def main(requests: list[str]) -> None:
@@ -240,7 +250,10 @@ def main(requests: list[str]) -> None:
         driver.set_active(Stub(TARGETS[target], device))
         found = report.setdefault(target, {})
         if ops.startswith("sizes"):
-            found |= size_needs(target, ops.split("=")[1].split(",") if "=" in ops else KERNELS)
+            found |= size_needs(target, cases_of_sizes(ops.split("=")[1].split(",") if "=" in ops else KERNELS))
+            continue
+        if ops == "few":
+            found |= size_needs(target, few_cases())
             continue
         names = [*KERNELS] if ops == "all" else ops.split(",")
         for name, sizes in ((name, sizes) for name in names for sizes in (SIZES, LONG)):
