@@ -238,7 +238,7 @@ struct Blocks {
     }
     template <int R, int P>
     static constexpr Function function() {
-        if constexpr (R <= 2 || P <= 3) return integers::block<Weight, R, P>;
+        if constexpr (R <= 2 || P <= 2) return integers::block<Weight, R, P>;
         return nullptr;
     }
     static void block(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, CodedPanel w,
@@ -249,11 +249,11 @@ struct Blocks {
     }
 };
 
-// Blocks of up to 4 rows by 3 panels, or of 2 rows by 4 panels.
+// Blocks of up to 4 rows by 2 panels, or of 2 rows by 4 panels: the registers hold both sums of 8.
 constexpr int ROWS = 4, PANELS = 4;  // of the largest number of each
 template <class Element, class Weight>
 constexpr Microkernel<Element, Weight> MICROKERNEL = {4,
-                                                      3,
+                                                      2,
                                                       2,
                                                       4,
                                                       1,
