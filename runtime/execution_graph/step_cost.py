@@ -115,8 +115,9 @@ def weight_bytes(graph: ExecutionGraph, expert_parallel_size: int) -> int:
 
 
 def _rewrite(graph: ExecutionGraph, level: Level) -> None:
+    """Applies the rewrites of all devices. Those for one kind of kernels hold for steps of few rows only."""
     for one in PASSES.values():
-        if one.level == level and issubclass(one, RewritePass):
+        if one.level == level and not one.kernels and issubclass(one, RewritePass):
             one().transform(graph)
 
 

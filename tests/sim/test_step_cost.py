@@ -6,6 +6,7 @@ import pytest
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
+from sageLLM.generated.ops import OPS
 from sageLLM.runtime.core.cost import Efficiency, Hardware, Link, estimate
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.op_node import OpNode
@@ -165,6 +166,13 @@ def test_fusion_makes_a_step_shorter_than_its_plain_ops() -> None:
     env = {"T": 8, "B": 8, "S": 8, "KV": 800}
     unfused = sum(estimate(node, H100, env).time_us for node in plain.nodes.values() if isinstance(node, OpNode)) / 1e6
     assert RooflineStepCost(LAYOUT, CONFIG, H100).step_s(StepWork((), 8, 800)) < unfused
+
+
+def test_fusions_for_steps_of_few_rows_do_not_count() -> None:
+    """A norm in the projection after it is computed once per program: a prompt has separate kernels."""
+    ops = {getattr(node, "op", None) for node in RooflineStepCost(LAYOUT, CONFIG, H100).graph.nodes.values()}
+    assert "add_rms_norm_linear_silu_mul" in OPS and "fused_add_rms_norm" in ops
+    assert not {name for name in ops if name and "norm_linear" in name}
 
 
 def test_memory_left_for_kv() -> None:
