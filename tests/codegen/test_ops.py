@@ -61,7 +61,8 @@ def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         (
             "paged_decode_attention",
             "2 * KV * Nq * (D + Dv)",
-            "E_size * (B * D * Nq + B * Dv * Nq + D * KV * Nkv + Dv * KV * Nkv)",
+            "B * D * E_size * Nq + B * Dv * E_size * Nq + D * KV * Nkv * kv_size + Dv * KV * Nkv * kv_size"
+            " + 2 * KV * Nkv * kv_scale",
         ),
     ],
 )

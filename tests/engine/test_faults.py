@@ -75,11 +75,11 @@ def test_a_batch_that_fails_because_of_one_request(
 ) -> None:
     run = ModelRunner.run
 
-    def fail_on_bad(self: ModelRunner, stage: Any, decodes: Any, chunks: Any, rows: Any) -> Any:
+    def fail_on_bad(self: ModelRunner, stage: Any, decodes: Any, chunks: Any, *args: Any) -> Any:
         sequences = [*decodes, *(chunk.sequence for chunk in chunks)]
         if any(is_bad(sequence) and len(sequence.output_token_ids) >= num_outputs for sequence in sequences):
             raise IndexError("slot out of range")
-        return run(self, stage, decodes, chunks, rows)
+        return run(self, stage, decodes, chunks, *args)
 
     output = run_with_fault(llm, lambda: monkeypatch.setattr(ModelRunner, "run", fail_on_bad))
     answer = output.outputs[0]
