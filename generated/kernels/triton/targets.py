@@ -217,6 +217,7 @@ TARGETS: dict[str, Target] = {
             ),
             "varlen": (
                 Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 4, "STAGES": 2}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
@@ -263,6 +264,18 @@ TARGETS: dict[str, Target] = {
                         "MAX_SPLITS": 32,
                         "BLOCK_H": 32,
                         "BLOCK_N": 64,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 192, "Dv": 128},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 16,
                         "PROGRAMS": 3,
                         "WARPS": 4,
                         "STAGES": 5,
@@ -375,6 +388,18 @@ TARGETS: dict[str, Target] = {
                     },
                 ),
                 Configuration(
+                    {"E": 2, "D": 192, "Dv": 128},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 16,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
                     {"E": 2, "D": 256, "Dv": 256},
                     {
                         "SPLIT": 256,
@@ -417,6 +442,7 @@ TARGETS: dict[str, Target] = {
                 ),
             ),
             "paged_prefill": (
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 64, "BLOCK_N": 16, "WARPS": 8, "STAGES": 2}),
@@ -428,6 +454,7 @@ TARGETS: dict[str, Target] = {
                 ),
             ),
             "varlen": (
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),

@@ -67,6 +67,8 @@ LONG = SIZES | {"H": 32768, "I": 32768}
 HEAD_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
 """Sizes of keys and values; with the last ones, of absorbed latent attention, values are a part of the keys."""
 GROUPS = (1, 3, 4, 5, 7, 8, 16, 128)
+EXPERT_ROWS = (1, 64, 512, 4096)
+"""Rows of experts without a routing table, and with 8, 64 and 512 rows for each expert: tiles of every size."""
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 TORCH = {"f64": torch.float64, "i8": torch.int8, "bool": torch.bool, "i32": torch.int32, "i64": torch.int64}
 
@@ -101,38 +103,50 @@ class Stub(DriverBase):
 
 
 class Case(NamedTuple):
-    """One call of a launcher; `label` is the same for cases that are reported together."""
+    """One call of a launcher; `label` and `part` name it, and `label` alone if its reference runs."""
 
     label: str
     op: str
     sizes: Mapping[str, int]
     dtype: torch.dtype = torch.bfloat16
+    part: str = ""
+    skipped: tuple[str, ...] = ()  # ends of the names of kernels that are not compiled
 
 
 def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
     """Attention by head size, element type and group; GEMMs of few and more rows; experts with few and many rows.
 
-    Every size occurs with every element type, and every group with one size: it changes the arithmetic of rows only.
+    Every head size occurs with every element type and group. The group is a constant of the kernels, which divide
+    by it and mask rows with it, so no two groups are the same code, even if their tiles of heads are the same. But the
+    kernels that prompts share with decode steps, which differ in the search of a sequence's row, are compiled for the
+    two tiles of heads only: of groups up to 16, and above. Latent attention has one key head: its group, the heads
+    of a rank, is a power of two in all models that have it.
     """
     for (D, Dv), dtype in product(HEAD_SIZES, DTYPES):
-        groups = GROUPS if (D, dtype) == (128, "bf16") else (16, 128) if (D, dtype) == (576, "bf16") else (4,)
+        groups = [G for G in GROUPS if D != 576 or G.bit_count() == 1]
         for name, G in product(("paged_prefill_attention", "paged_decode_attention", "varlen_attention"), groups):
             heads = {"D": D, "Dv": Dv, "Nkv": 1 if D == 576 else 2, "Nq": G if D == 576 else 2 * G}
             if name in ops and (Dv == D or name != "varlen_attention"):
-                yield Case(f"{name} {D}{f'/{Dv}' * (Dv != D)} {dtype}", name, SIZES | heads, DTYPES[dtype])
-    rows = {"linear": (1, 32), "lm_head_sample": (32,), "expert_linear": (1, 64, 4096), "expert_down": (4096,)}
+                label = f"{name} {D}{f'/{Dv}' * (Dv != D)} {dtype}"
+                skipped = () if G in (4, 128) else ("prefill_attention_split", "prefill_attention_merge")
+                yield Case(label, name, SIZES | heads, DTYPES[dtype], f" group {G}", skipped)
+    rows = {"linear": (1, 32), "lm_head_sample": (32,)} | dict.fromkeys(("expert_linear", "expert_down"), EXPERT_ROWS)
     rows |= {"add_rms_norm_linear": (16, 32), "add_rms_norm_linear_silu_mul": (16, 32)}
     for name, dtype in product(rows, DTYPES):
         for count in rows[name] if name in ops else ():
             yield Case(f"{name} {count} rows {dtype}", name, SIZES | dict.fromkeys("RST", count), DTYPES[dtype])
 
 
-def compile_op(name: str, sizes: Mapping[str, int], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """The kernels that one call of the op's launcher would run, by name."""
+def compile_op(
+    name: str, sizes: Mapping[str, int], dtype: torch.dtype = torch.bfloat16, skipped: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The kernels that one call of the op's launcher would run, by name, without those of `skipped`."""
     found: dict[str, Any] = {}
     original = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if self.fn.__name__.endswith(skipped):
+            return None
         found[self.fn.__name__] = kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         return kernel
 
@@ -215,25 +229,23 @@ def amd_needs(assembly: str) -> dict[str, Any]:
 
 
 def size_needs(target: str, cases: Iterable[Case]) -> dict[str, dict[str, Any]]:
-    """The needs at many sizes by label and kernel; those of a label are the greatest of its cases."""
-    found: dict[str, dict[str, Any]] = {}
-    for case in cases:
-        if reason := why_reference_of(case, target):
-            found[case.label] = {"reference": reason}
-            continue
-        for name, kernel in compile_op(case.op, case.sizes, case.dtype).items():
-            label = f"{case.label} {name.removeprefix(f'_{case.op}_')}"
-            one = needs(name, kernel, TARGETS[target])
-            old = found.setdefault(label, one)
-            found[label] = {key: max(one[key], old[key]) for key in ("registers", "spilled", "shared")}
-            found[label]["opcodes"] = sorted({*one["opcodes"], *old["opcodes"]})
-    return found
+    """The needs at many sizes by label and kernel, or the reason why the reference runs by label."""
+    return dict(pair for case in cases for pair in case_needs(target, case))
 
 
-def few_cases() -> Iterable[Case]:
-    """The first case of each label in bf16."""
-    cases = [case for case in cases_of_sizes(KERNELS) if case.dtype == torch.bfloat16]
-    return {case.label: case for case in reversed(cases)}.values()
+def case_needs(target: str, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    if reason := why_reference_of(case, target):
+        yield case.label, {"reference": reason}
+        return
+    for name, kernel in compile_op(case.op, case.sizes, case.dtype, case.skipped).items():
+        own = name.removeprefix(f"_{case.op}_")
+        yield f"{case.label}{case.part} {own}", needs(name, kernel, TARGETS[target])
+
+
+def few_cases() -> Iterator[Case]:
+    """The cases in bf16, of attention those with groups of 4."""
+    cases = (case for case in cases_of_sizes(KERNELS) if case.dtype == torch.bfloat16)
+    return (case for case in cases if case.part in ("", " group 4"))
 
 
 def why_reference_of(case: Case, target: str) -> str | None:
