@@ -140,8 +140,10 @@ inline __attribute__((always_inline)) void add_parts(float* sums, const Integers
     int32_t x_sums[ROWS];
 #pragma GCC unroll 4
     for (int64_t row = 0; row < ROWS; ++row) {
-        x_sums[row] = (first ? 0 : x[row]->sums[0]) + (first + PARTS == 4 ? 0 : x[row]->sums[1]);
-        const __m512i centers = _mm512_set1_epi32(-group.center * x_sums[row]);
+        // Without a sign, as those of a row that is not finite wrap around.
+        const uint32_t x_sum = (first ? 0u : x[row]->sums[0]) + (first + PARTS == 4 ? 0u : x[row]->sums[1]);
+        x_sums[row] = (int32_t)x_sum;
+        const __m512i centers = _mm512_set1_epi32((int32_t)(0 - (uint32_t)group.center * x_sum));
 #pragma GCC unroll 4
         for (int64_t p = 0; p < PANELS; ++p) {
             const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sum[row][p], 8), centers);
