@@ -18,6 +18,8 @@ WEIGHTS = "model.gguf"
 SUFFIX = ".gguf"
 VERSION = b"1"
 """Changes with the content of the folder."""
+NO_VOCABULARY = "none"
+"""The kind of tokenizer of a file without one; its requests are token ids."""
 _F32, _F16 = 0, 1
 
 
@@ -56,15 +58,16 @@ def _make(folder: Path, path: Path) -> None:
 
 def _files(header: GgufHeader) -> dict[str, Any]:
     config = config_of(header, _rope_factors(header), _dtype(header))
-    tokenizer, settings = tokenizer_of(header)
     eos = {header.metadata.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id", "eom_token_id")}
     generation = {"eos_token_id": sorted(found for found in eos if isinstance(found, int))}
-    return {
+    files = {
         "config.json": config,
         "generation_config.json": generation if generation["eos_token_id"] else {},
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": settings,
     }
+    if header.metadata.get("tokenizer.ggml.model") == NO_VOCABULARY:
+        return files
+    tokenizer, settings = tokenizer_of(header)
+    return {**files, "tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 
 def _rope_factors(header: GgufHeader) -> list[float] | None:

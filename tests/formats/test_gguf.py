@@ -104,6 +104,16 @@ def test_a_rank_has_the_share_of_the_dequantised_weights(make_checkpoint: MakeCh
         assert all(torch.equal(one[name], other[name]) for name in one)  # type: ignore[arg-type]
 
 
+def test_a_file_without_a_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "ids.gguf"
+    gguf_files.convert(TINY, path, "llama", {}, **{"tokenizer.ggml.model": "none"})
+    greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    found = [LLM(model, skip_tokenizer=True).generate([[1, 2, 3]], greedy) for model in (str(path), str(TINY))]
+    assert found[0][0].outputs[0].token_ids == found[1][0].outputs[0].token_ids
+    with pytest.raises(TokenizerError, match=r"expected tokenizer.json in .*, or pass prompts as token ids"):
+        LLM(str(path))
+
+
 TINY = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 
 
