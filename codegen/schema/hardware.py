@@ -15,12 +15,15 @@ class LinkSpec(Strict):
 
 
 class GemmSpec(Strict):
-    """Block sizes of CPU GEMMs. The accumulators of a block must fit into the registers."""
+    """Block sizes of CPU GEMMs. The accumulators of a block must fit into the registers.
+
+    A block has at least two panels: one of a projection, and one of its gate.
+    """
 
     rows: int = Field(ge=1, le=14, description="rows of a block, with registers of 16 float32 lanes")
-    panels: int = Field(ge=1, le=4, description="panels of 16 output features per block, with such registers")
+    panels: int = Field(ge=2, le=4, description="panels of 16 output features per block, with such registers")
     short_rows: int = Field(ge=1, le=14, description="rows of a block with shorter registers")
-    short_panels: int = Field(ge=1, le=4, description="panels of a block with shorter registers")
+    short_panels: int = Field(ge=2, le=4, description="panels of a block with shorter registers")
     prepared_bytes: int = Field(
         ge=1024, description="bytes of input rows, packed for the kernel, that stay in the cache"
     )

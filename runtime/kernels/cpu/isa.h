@@ -55,6 +55,7 @@ struct MicrokernelFor<bf16, bf16, ROWS, PANELS> {
 // SHORT_ROWS by SHORT_PANELS in shorter ones: all its sums have to fit into the registers.
 template <class Element, class Weight, int ROWS, int PANELS, int SHORT_ROWS, int SHORT_PANELS>
 inline const Microkernel<Element, Weight>& select_microkernel() {
+    static_assert(PANELS > 1 && SHORT_PANELS > 1, "a block has a panel of a projection and one of its gate");
     constexpr bool IS_FULL = vectors::WIDTH == PANEL;
     constexpr int MAX_ROWS = IS_FULL ? ROWS : SHORT_ROWS, MAX_PANELS = IS_FULL ? PANELS : SHORT_PANELS;
     static const Microkernel<Element, Weight>& selected =
