@@ -24,7 +24,7 @@ PACKAGES: Mapping[str, Sequence[str]] = {
     "llama": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),
     "transformers": ("transformers==5.23.0",),
 }
-UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "openvino": ("torchvision",)}
 """Builds for CUDA that come with a dependency and do not load next to a CPU build of torch."""
 LLAMA_OPTIONS = (
     "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF "
