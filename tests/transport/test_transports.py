@@ -241,9 +241,13 @@ def test_corrupted_kv_is_not_received(make_group: MakeGroup) -> None:
     assert (report.kind, report.reason) == ("failed", "the digests of the KV differ")
 
 
+FLIPPED = 2048
+"""The place of the flipped bit in the stream: in the KV, as the frames before it are shorter."""
+
+
 @contextmanager
 def flipping_link(address: str) -> Iterator[str]:
-    """The address of a proxy that flips a bit in the payload of what it passes on."""
+    """The address of a proxy that flips a bit in the KV that it passes on."""
     host, _, port = address.rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -256,9 +260,12 @@ def flipping_link(address: str) -> Iterator[str]:
                 back.join()
 
         def pass_on(source: socket.socket, target: socket.socket, flips: bool) -> None:
+            passed = 0
             while data := bytearray(source.recv(2**16)):
-                if flips and len(data) > 2048:  # longer than the other frames
-                    data[len(data) // 2] ^= 1
+                at = FLIPPED - passed
+                if flips and 0 <= at < len(data):
+                    data[at] ^= 1
+                passed += len(data)
                 target.sendall(data)
             with suppress(OSError):
                 target.shutdown(socket.SHUT_WR)

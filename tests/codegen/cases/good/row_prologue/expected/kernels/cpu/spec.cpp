@@ -11,7 +11,7 @@ using E = SAGE_ELEMENT;
 using Weight = SAGE_WEIGHT;
 
 // specs/hardware/cpu.yaml: cpu, gemm
-static const Microkernel<SAGE_ELEMENT, Weight>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, Weight, 6, 4, 6, 1>();
+static const Microkernel<SAGE_ELEMENT, Weight>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, Weight, 6, 4, 3, 2>();
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
 SAGE_EXPORT const char* sage_microkernel() { return MICROKERNEL.name; }
 
