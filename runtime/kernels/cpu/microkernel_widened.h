@@ -20,10 +20,10 @@ using vectors::Reg;
 using vectors::RegBits;
 using vectors::WIDTH;
 
-constexpr int64_t CHUNK = 128;            // inputs that are widened at a time, at most
-constexpr bool IS_FULL = WIDTH == PANEL;  // registers have the outputs of a panel
-constexpr int ROWS = 6,
-              PANELS = IS_FULL ? 4 : 1;  // whose sums fit into the registers
+constexpr int64_t CHUNK = 128;                                   // inputs that are widened at a time, at most
+constexpr bool IS_FULL = WIDTH == PANEL;                         // registers have the outputs of a panel
+constexpr int ROWS = IS_FULL ? 6 : 3, PANELS = IS_FULL ? 4 : 2;  // whose sums fit into the registers
+static_assert(PANELS > 1, "a block has a panel of a projection and one of its gate");
 constexpr int BLOCK_ROWS = 4 * ROWS;
 
 struct Floats32 {
