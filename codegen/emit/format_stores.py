@@ -23,6 +23,11 @@ class StoresText:
     stores: Stores
 
     @property
+    def parts(self) -> list[str]:
+        """The tensors that the function takes."""
+        return ["codes", "scales", *(["zeros"] if self.stores.zeros is not None else [])]
+
+    @property
     def sizes(self) -> list[str]:
         """The sizes without a constant in the results."""
         text = FormatText(self.format)
@@ -39,8 +44,7 @@ class StoresText:
         texts = [(tensor.name, self._tensor_text(tensor)) for tensor in self.format.tensors]
         if self.format.block_bytes is None:
             return texts
-        fields = ", ".join(f"{text}.contiguous().view(torch.uint8)" for _, text in texts)
-        return [("blocks", f"torch.cat([{fields}], -1)")]
+        return [("blocks", f"block({', '.join(text for _, text in texts)})")]
 
     def _tensor_text(self, tensor: StoredTensor) -> str:
         stores = self.stores

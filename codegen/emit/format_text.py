@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from math import prod
 
 from sageLLM.codegen.model.format import (
     Binary,
@@ -86,43 +85,51 @@ class FormatText:
 
     def _part(self, value: Value) -> str:
         text, strength = self._text(value)
+        text = text.replace(", of)", ", torch.float32)").replace(".to(of)", "")
         if isinstance(value, Constant) or not value.dims:
-            return text.replace(", of)", ", torch.float32)")
+            return text
         dims = [extent.dim for extent in value.dims]
         if (inner := self.format.inner) in dims:
             at = dims.index(inner)
             size = " // ".join(["K", *map(str, value.dims[at].over)])
             text, strength, dims = f"joined({text}, {at - 1}, {size})", _ATOM, [d for d in dims if d != inner]
         wanted = [dim for dim in ("E", "N", "K") if dim in dims]
-        text = text.replace(", of)", ", torch.float32)")
         if dims == wanted:
             return text
         text = text if strength == _ATOM else f"({text})"
         return f"{text}.T" if len(dims) == 2 else f"{text}.permute({', '.join(str(dims.index(d)) for d in wanted)})"
 
     @property
-    def fields(self) -> list[tuple[str, str]]:
-        """The fields of a block: name, and the expression that takes them from the bytes `blocks`."""
-        if self.format.block_bytes is None:
+    def fields(self) -> list[str]:
+        """The names of the fields of a block."""
+        return [one.name for one in self.format.tensors] if self._is_in_blocks else []
+
+    @property
+    def layout(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The element type and the shape of each field of a block."""
+        if not self._is_in_blocks:
             return []
-        from_bytes, start = [], 0
-        for one in self.format.tensors:
-            stop = start + self._field_bytes(one)
-            text = f"blocks[..., {start}:{stop}]"
-            text += "" if one.element == "u8" else f".contiguous().view(torch.{TORCH[one.element]})"
-            from_bytes.append((one.name, text + ("" if len(one.dims) > 2 else "[..., 0]")))
-            start = stop
-        return from_bytes
+        length = self.format.spec.sizes["B"]
+        assert isinstance(length, int), "checked when the format is linked"
+        shapes = [tuple(int(length * extent.factor) for extent in one.dims[2:]) for one in self.format.tensors]
+        return [(f"torch.{TORCH[one.element]}", shape) for one, shape in zip(self.format.tensors, shapes, strict=True)]
+
+    @property
+    def _is_in_blocks(self) -> bool:
+        return self.format.block_bytes is not None
 
     @property
     def arguments(self) -> list[str]:
-        return ["blocks"] if self.format.block_bytes is not None else [one.name for one in self.format.tensors]
+        return ["blocks"] if self._is_in_blocks else [one.name for one in self.format.tensors]
 
     @property
     def lines(self) -> list[str]:
-        """Assignments before the result: operands in the order of the computation, and the expressions of `let`."""
+        """Assignments before the result: operands in the order of the computation, and the expressions of `let`.
+
+        Fields of blocks are in that order already; they are widened where they are used.
+        """
         found = []
-        for one in self.format.tensors:
+        for one in self.format.tensors if not self._is_in_blocks else ():
             if (text := self._operand(one)) != one.name and one is not self._plain:
                 found.append(f"{one.name} = {text}")
         found += [f"{name} = {self._text(value)[0]}" for name, value in self.format.let.items()]
@@ -151,12 +158,6 @@ class FormatText:
         value = self.format.value
         return next((one for one in self.format.tensors if isinstance(value, Stored) and one.name == value.name), None)
 
-    def _field_bytes(self, one: StoredTensor) -> int:
-        length = self.format.spec.sizes["B"]
-        assert isinstance(length, int), "checked when the format is linked"
-        widths = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}
-        return widths[one.element] * prod(int(length * extent.factor) for extent in one.dims[2:])
-
     def _operand(self, one: StoredTensor) -> str:
         """A stored tensor with its dims in the order of the computation, floats and small integers widened."""
         dims = [extent.dim for extent in one.dims]
@@ -164,11 +165,7 @@ class FormatText:
         text = one.name
         if dims != ordered:
             text += ".T" if len(dims) == 2 else f".permute({', '.join(str(dims.index(dim)) for dim in ordered)})"
-        if one.element in ("f8", "f16", "bf16", "f32", "float"):
-            text += ".reshape(()).to(of)" if not one.dims else ".to(of)"
-        elif one.element in ("i8", "u8") and not self._is_only_of_bits(one.name):
-            text += ".int()"
-        return text
+        return text if self._is_only_of_bits(one.name) else text + _widened(one)
 
     def _is_only_of_bits(self, name: str) -> bool:
         """Whether the fields of the words are used, and not the words as numbers."""
@@ -190,6 +187,8 @@ class FormatText:
     def _text(self, value: Value) -> tuple[str, int]:
         """The expression and the strength of its outermost operator."""
         match value:
+            case Stored(name=name) if self._is_in_blocks:
+                return name + _widened(next(one for one in self.format.tensors if one.name == name)), _ATOM
             case Stored(name=name) | Named(name=name):
                 return name, _ATOM
             case Constant(text=text):
@@ -198,7 +197,8 @@ class FormatText:
                 return self._binary(value)
             case Bits(x=x, width=width, dim=dim, order=order, run=run):
                 extra = f", order={order}" if order is not None else f", run={run}" if run > 1 else ""
-                return self._cut(f"bits({self._text(x)[0]}, {width}, {self._axis(x, dim)}{extra})", value, dim), _ATOM
+                words = x.name if isinstance(x, Stored) else self._text(x)[0]
+                return self._cut(f"bits({words}, {width}, {self._axis(x, dim)}{extra})", value, dim), _ATOM
             case Repeat(x=x, count=count, dim=dim):
                 text = f"{self._atom(x)}.repeat_interleave({count}, {self._axis(x, dim)})"
                 return self._cut(text, value, dim), _ATOM
@@ -251,6 +251,15 @@ class FormatText:
         if not extent.is_whole or dim not in self.format.weight:
             return text
         return f"{text}[{''.join(':, ' for _ in range(axis))}:{dim}]"
+
+
+def _widened(one: StoredTensor) -> str:
+    """The conversion of a stored tensor whose elements are used as numbers."""
+    if one.element in ("i8", "u8"):
+        return ".int()"
+    if one.element not in ("f8", "f16", "bf16", "f32", "float"):
+        return ""
+    return ".to(of)" if one.dims else ".reshape(()).to(of)"
 
 
 def _occurs(name: str, text: str) -> bool:

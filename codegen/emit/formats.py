@@ -12,7 +12,7 @@ from sageLLM.codegen.kernel.codes import codes_of
 from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor
 from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import Output, Renderer, header
+from sageLLM.codegen.render import Output, Renderer, header, ident, lit
 from sageLLM.codegen.schema.formats import ArchitectureSpec, FormatsFile, Setting
 
 FOLDER = "formats"
@@ -42,18 +42,29 @@ class FormatView:
         return (schemes, stores.kind, stores.scales.name, stores.zeros is not None, spec.scales, spec.shape)
 
     @property
-    def tensors(self) -> list[tuple[str, str, list[tuple[str, tuple[str | int, ...], tuple[str | int, ...]]]]]:
-        """Name, element type and dims of each stored tensor."""
-        return [
-            (one.name, one.element, [(extent.dim, tuple(extent.times), tuple(extent.over)) for extent in one.dims])
-            for one in self.format.tensors
-        ]
+    def layout_name(self) -> str:
+        """The constant with the fields of a block."""
+        return self.format.name.upper()
+
+    def parameters(self, tensors: list[str], sizes: list[str]) -> str:
+        """The parameters of a function of tensors, and of numbers by keyword."""
+        numbers = ["*", *(f"{ident(name)}: int" for name in sizes)] if sizes else []
+        return ", ".join([*(f"{ident(name)}: Tensor" for name in tensors), *numbers])
+
+    def dims(self, tensor: StoredTensor) -> str:
+        """The dims of a stored tensor as a tuple of products: `(N, K * "b" / 32)`."""
+        texts = []
+        for one in tensor.dims:
+            terms = [*(f" * {lit(term)}" for term in one.times), *(f" / {lit(term)}" for term in one.over)]
+            texts.append("".join([ident(one.dim), *terms]))
+        return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields that differ from the defaults of `Format`."""
         spec = self.format.spec
-        found = {
+        found: dict[str, Any] = {
+            "weight": self.format.weight if self.format.weight != ("N", "K") else (),
             "when": self.format.when,
             "sizes": spec.sizes,
             "unused": tuple(spec.unused),
@@ -79,8 +90,15 @@ def emit_method(method: MethodDef, renderer: Renderer, *, is_overlay: bool) -> l
     fields = {name: value for name, value in fields.items() if value}
     about = header(method.entry.doc.file, method.name)
     defaults, architectures = _architectures(spec)
+    dims = sorted({extent.dim for one in method.formats for tensor in one.tensors for extent in tensor.dims})
     declared = renderer.render(
-        "format.py.jinja", method=method, formats=formats, fields=fields, defaults=defaults, architectures=architectures
+        "format.py.jinja",
+        method=method,
+        formats=formats,
+        fields=fields,
+        dims=dims,
+        defaults=defaults,
+        architectures=architectures,
     )
     helpers = BASE if is_overlay else ".algebra"
     names = sorted(

@@ -6,6 +6,9 @@ from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMetho
 
 __all__ = ["AWQ"]
 
+K = Extent("K")
+N = Extent("N")
+
 # specs/formats/awq.yaml: awq
 AWQ = QuantMethod(
     name="awq",
@@ -15,46 +18,16 @@ AWQ = QuantMethod(
     keys=("backend", "do_fuse", "fuse_max_seq_len", "exllama_config", "lm_head", "modules_to_fuse"),
     formats=(
         Format(
-            name="awq",
-            spec="specs/formats/awq.yaml: awq",
-            weight=("N", "K"),
+            "awq",
+            (
+                StoredPart("qweight", "i32", (K, N / 8)),
+                StoredPart("qzeros", "i32", (K / "G", N / 8)),
+                StoredPart("scales", "float", (K / "G", N)),
+            ),
             when={"bits|w_bit": (4,), "version|format": ("gemm", None), "zero_point": (True, None)},
             sizes={"G": "group_size|q_group_size"},
             codes=Codes("4", "G", "", ("codes", "scales", "zeros")),
-            written=Written(
-                {"awq-g{G}": {}},
-                "4",
-                "scales",
-                True,
-                "range",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "qweight",
-                    "i32",
-                    (
-                        Extent("K", (), ()),
-                        Extent("N", (), (8,)),
-                    ),
-                ),
-                StoredPart(
-                    "qzeros",
-                    "i32",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", (), (8,)),
-                    ),
-                ),
-                StoredPart(
-                    "scales",
-                    "float",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-            ),
+            written=Written({"awq-g{G}": {}}, "4", "scales", True, "range", None),
         ),
     ),
 )

@@ -6,6 +6,9 @@ from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMetho
 
 __all__ = ["COMPRESSED_TENSORS"]
 
+K = Extent("K")
+N = Extent("N")
+
 # specs/formats/compressed_tensors.yaml: compressed_tensors
 COMPRESSED_TENSORS = QuantMethod(
     name="compressed_tensors",
@@ -28,9 +31,8 @@ COMPRESSED_TENSORS = QuantMethod(
     writes={"quantization_status": "compressed"},
     formats=(
         Format(
-            name="packed",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "packed",
+            (StoredPart("weight_packed", "i32", (N, K * "b" / 32)), StoredPart("weight_scale", "float", (N, K / "G"))),
             when={
                 "format": ("pack-quantized",),
                 "weights.num_bits": (4, 8),
@@ -55,29 +57,14 @@ COMPRESSED_TENSORS = QuantMethod(
                 "range",
                 "weight_shape",
             ),
-            tensors=(
-                StoredPart(
-                    "weight_packed",
-                    "i32",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", ("b",), (32,)),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale",
-                    "float",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("G",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="packed_zeros",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "packed_zeros",
+            (
+                StoredPart("weight_packed", "i32", (N, K * "b" / 32)),
+                StoredPart("weight_scale", "float", (N, K / "G")),
+                StoredPart("weight_zero_point", "i32", (N * "b" / 32, K / "G")),
+            ),
             when={
                 "format": ("pack-quantized",),
                 "weights.num_bits": (4, 8),
@@ -97,37 +84,10 @@ COMPRESSED_TENSORS = QuantMethod(
                 "range",
                 "weight_shape",
             ),
-            tensors=(
-                StoredPart(
-                    "weight_packed",
-                    "i32",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", ("b",), (32,)),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale",
-                    "float",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("G",)),
-                    ),
-                ),
-                StoredPart(
-                    "weight_zero_point",
-                    "i32",
-                    (
-                        Extent("N", ("b",), (32,)),
-                        Extent("K", (), ("G",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="int8",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "int8",
+            (StoredPart("weight", "i8", (N, K)), StoredPart("weight_scale", "float", (N, K / "G"))),
             when={
                 "format": ("int-quantized",),
                 "weights.num_bits": (8,),
@@ -138,37 +98,11 @@ COMPRESSED_TENSORS = QuantMethod(
             sizes={"G": "weights.group_size"},
             unused=("input_scale", "input_zero_point"),
             codes=Codes("i8", "G", "", ("codes", "scales")),
-            written=Written(
-                {"int8": {"weights.strategy": "channel"}},
-                "i8",
-                "weight_scale",
-                False,
-                "range",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "i8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale",
-                    "float",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("G",)),
-                    ),
-                ),
-            ),
+            written=Written({"int8": {"weights.strategy": "channel"}}, "i8", "weight_scale", False, "range", None),
         ),
         Format(
-            name="int8_tensor",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "int8_tensor",
+            (StoredPart("weight", "i8", (N, K)), StoredPart("weight_scale", "float", ())),
             when={
                 "format": ("int-quantized",),
                 "weights.num_bits": (8,),
@@ -178,22 +112,10 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             unused=("input_scale", "input_zero_point"),
             codes=Codes("i8", "", "", ("codes", "scales")),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "i8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart("weight_scale", "float", ()),
-            ),
         ),
         Format(
-            name="fp8",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "fp8",
+            (StoredPart("weight", "f8", (N, K)), StoredPart("weight_scale", "float", (N, K / "G"))),
             when={
                 "format": ("float-quantized",),
                 "weights.num_bits": (8,),
@@ -203,37 +125,11 @@ COMPRESSED_TENSORS = QuantMethod(
             sizes={"G": "weights.group_size"},
             unused=("input_scale",),
             codes=Codes("f8", "G", "", ("codes", "scales")),
-            written=Written(
-                {"fp8": {}},
-                "f8",
-                "weight_scale",
-                False,
-                "largest",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "f8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale",
-                    "float",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("G",)),
-                    ),
-                ),
-            ),
+            written=Written({"fp8": {}}, "f8", "weight_scale", False, "largest", None),
         ),
         Format(
-            name="fp8_tensor",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "fp8_tensor",
+            (StoredPart("weight", "f8", (N, K)), StoredPart("weight_scale", "float", ())),
             when={
                 "format": ("float-quantized",),
                 "weights.num_bits": (8,),
@@ -242,30 +138,11 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             unused=("input_scale",),
             codes=Codes("f8", "", "", ("codes", "scales")),
-            written=Written(
-                {"fp8-tensor": {}},
-                "f8",
-                "weight_scale",
-                False,
-                "largest",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "f8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart("weight_scale", "float", ()),
-            ),
+            written=Written({"fp8-tensor": {}}, "f8", "weight_scale", False, "largest", None),
         ),
         Format(
-            name="fp8_block",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "fp8_block",
+            (StoredPart("weight", "f8", (N, K)), StoredPart("weight_scale", "float", (N / "P", K / "Q"))),
             when={
                 "format": ("float-quantized",),
                 "weights.num_bits": (8,),
@@ -276,36 +153,16 @@ COMPRESSED_TENSORS = QuantMethod(
             unused=("input_scale",),
             codes=Codes("f8", "Q", "", ("codes", "scales")),
             written=Written(
-                {"fp8-block": {"weights.block_structure": (128, 128)}},
-                "f8",
-                "weight_scale",
-                False,
-                "largest",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "f8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale",
-                    "float",
-                    (
-                        Extent("N", (), ("P",)),
-                        Extent("K", (), ("Q",)),
-                    ),
-                ),
+                {"fp8-block": {"weights.block_structure": (128, 128)}}, "f8", "weight_scale", False, "largest", None
             ),
         ),
         Format(
-            name="nvfp4",
-            spec="specs/formats/compressed_tensors.yaml: compressed_tensors",
-            weight=("N", "K"),
+            "nvfp4",
+            (
+                StoredPart("weight_packed", "u8", (N, K / 2)),
+                StoredPart("weight_scale", "f8", (N, K / 16)),
+                StoredPart("weight_global_scale", "float", ()),
+            ),
             when={
                 "format": ("nvfp4-pack-quantized",),
                 "weights.num_bits": (4,),
@@ -316,25 +173,6 @@ COMPRESSED_TENSORS = QuantMethod(
             },
             unused=("input_global_scale",),
             codes=Codes("fp4", "16", "", ("codes", "scales", "factors")),
-            tensors=(
-                StoredPart(
-                    "weight_packed",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), (2,)),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale",
-                    "f8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), (16,)),
-                    ),
-                ),
-                StoredPart("weight_global_scale", "float", ()),
-            ),
         ),
     ),
 )

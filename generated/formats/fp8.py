@@ -6,6 +6,9 @@ from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMetho
 
 __all__ = ["FP8"]
 
+K = Extent("K")
+N = Extent("N")
+
 # specs/formats/fp8.yaml: fp8
 FP8 = QuantMethod(
     name="fp8",
@@ -15,50 +18,19 @@ FP8 = QuantMethod(
     keys=("activation_scheme", "dequantize"),
     formats=(
         Format(
-            name="fp8_tensor",
-            spec="specs/formats/fp8.yaml: fp8",
-            weight=("N", "K"),
+            "fp8_tensor",
+            (StoredPart("weight", "f8", (N, K)), StoredPart("weight_scale", "float", ())),
             when={"fmt": ("e4m3", "float8_e4m3fn", None), "scale_fmt": (None,), "weight_block_size": (None,)},
             unused=("activation_scale", "input_scale"),
             codes=Codes("f8", "", "", ("codes", "scales")),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "f8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart("weight_scale", "float", ()),
-            ),
         ),
         Format(
-            name="fp8_block",
-            spec="specs/formats/fp8.yaml: fp8",
-            weight=("N", "K"),
+            "fp8_block",
+            (StoredPart("weight", "f8", (N, K)), StoredPart("weight_scale_inv", "float", (N / "P", K / "Q"))),
             when={"fmt": ("e4m3", "float8_e4m3fn", None), "scale_fmt": (None,)},
             sizes={"P": "weight_block_size.0", "Q": "weight_block_size.1"},
             unused=("activation_scale", "input_scale"),
             codes=Codes("f8", "Q", "", ("codes", "scales")),
-            tensors=(
-                StoredPart(
-                    "weight",
-                    "f8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "weight_scale_inv",
-                    "float",
-                    (
-                        Extent("N", (), ("P",)),
-                        Extent("K", (), ("Q",)),
-                    ),
-                ),
-            ),
         ),
     ),
 )

@@ -7,6 +7,10 @@ from sageLLM.runtime.core.model.gguf import Architecture
 
 __all__ = ["GGUF"]
 
+B = Extent("B")
+K = Extent("K")
+N = Extent("N")
+
 # specs/formats/gguf.yaml: gguf
 GGUF = QuantMethod(
     name="gguf",
@@ -198,627 +202,176 @@ GGUF = QuantMethod(
     },
     formats=(
         Format(
-            name="float32",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "float32",
+            (StoredPart("x", "f32", (N, K / "B")),),
             when={"type": (0,)},
             sizes={"B": 1},
             block_bytes=4,
-            tensors=(
-                StoredPart(
-                    "x",
-                    "f32",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="float16",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "float16",
+            (StoredPart("x", "f16", (N, K / "B")),),
             when={"type": (1,)},
             sizes={"B": 1},
             block_bytes=2,
-            tensors=(
-                StoredPart(
-                    "x",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="bfloat16",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "bfloat16",
+            (StoredPart("x", "bf16", (N, K / "B")),),
             when={"type": (30,)},
             sizes={"B": 1},
             block_bytes=2,
-            tensors=(
-                StoredPart(
-                    "x",
-                    "bf16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q8_0",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q8_0",
+            (StoredPart("d", "f16", (N, K / "B")), StoredPart("q", "i8", (N, K / "B", B))),
             when={"type": (8,)},
             sizes={"B": 32},
             block_bytes=34,
             codes=Codes("i8", "32", "", ("codes", "scales")),
-            written=Written(
-                {"q8_0": {}},
-                "i8",
-                "d",
-                False,
-                "largest",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "i8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), ()),
-                    ),
-                ),
-            ),
+            written=Written({"q8_0": {}}, "i8", "d", False, "largest", None),
         ),
         Format(
-            name="q4_0",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q4_0",
+            (StoredPart("d", "f16", (N, K / "B")), StoredPart("q", "u8", (N, K / "B", B / 2))),
             when={"type": (2,)},
             sizes={"B": 32},
             block_bytes=18,
             codes=Codes("4", "32", "", ("codes", "scales", "zeros")),
-            written=Written(
-                {"q4_0": {}},
-                "4",
-                "d",
-                False,
-                "extreme",
-                None,
-            ),
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
+            written=Written({"q4_0": {}}, "4", "d", False, "extreme", None),
         ),
         Format(
-            name="q4_k",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q4_k",
+            (
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("dmin", "f16", (N, K / "B")),
+                StoredPart("s", "u8", (N, K / "B", B / 64)),
+                StoredPart("m", "u8", (N, K / "B", B / 64)),
+                StoredPart("high", "u8", (N, K / "B", B / 64)),
+                StoredPart("q", "u8", (N, K / "B", B / 2)),
+            ),
             when={"type": (12,)},
             sizes={"B": 256},
             block_bytes=144,
             codes=Codes("4", "32", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "dmin",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "s",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "m",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "high",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q6_k",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q6_k",
+            (
+                StoredPart("low", "u8", (N, K / "B", B / 2)),
+                StoredPart("high", "u8", (N, K / "B", B / 4)),
+                StoredPart("scales", "i8", (N, K / "B", B / 16)),
+                StoredPart("d", "f16", (N, K / "B")),
+            ),
             when={"type": (14,)},
             sizes={"B": 256},
             block_bytes=210,
             codes=Codes("6", "16", "", ("codes", "scales", "zeros", "factors")),
-            tensors=(
-                StoredPart(
-                    "low",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-                StoredPart(
-                    "high",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (4,)),
-                    ),
-                ),
-                StoredPart(
-                    "scales",
-                    "i8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (16,)),
-                    ),
-                ),
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q4_1",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q4_1",
+            (
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("m", "f16", (N, K / "B")),
+                StoredPart("q", "u8", (N, K / "B", B / 2)),
+            ),
             when={"type": (3,)},
             sizes={"B": 32},
             block_bytes=20,
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "m",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q5_0",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q5_0",
+            (
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("high", "u8", (N, K / "B", B / 8)),
+                StoredPart("q", "u8", (N, K / "B", B / 2)),
+            ),
             when={"type": (6,)},
             sizes={"B": 32},
             block_bytes=22,
             codes=Codes("5", "32", "", ("codes", "scales", "zeros")),
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "high",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (8,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q5_1",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q5_1",
+            (
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("m", "f16", (N, K / "B")),
+                StoredPart("high", "u8", (N, K / "B", B / 8)),
+                StoredPart("q", "u8", (N, K / "B", B / 2)),
+            ),
             when={"type": (7,)},
             sizes={"B": 32},
             block_bytes=24,
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "m",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "high",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (8,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q2_k",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q2_k",
+            (
+                StoredPart("s", "u8", (N, K / "B", B / 16)),
+                StoredPart("q", "u8", (N, K / "B", B / 4)),
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("dmin", "f16", (N, K / "B")),
+            ),
             when={"type": (10,)},
             sizes={"B": 256},
             block_bytes=84,
             codes=Codes("2", "16", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
-            tensors=(
-                StoredPart(
-                    "s",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (16,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (4,)),
-                    ),
-                ),
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "dmin",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q3_k",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q3_k",
+            (
+                StoredPart("high", "u8", (N, K / "B", B / 8)),
+                StoredPart("q", "u8", (N, K / "B", B / 4)),
+                StoredPart("s", "u8", (N, K / "B", B / 32)),
+                StoredPart("t", "u8", (N, K / "B", B / 64)),
+                StoredPart("d", "f16", (N, K / "B")),
+            ),
             when={"type": (11,)},
             sizes={"B": 256},
             block_bytes=110,
             codes=Codes("3", "16", "", ("codes", "scales", "zeros", "factors")),
-            tensors=(
-                StoredPart(
-                    "high",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (8,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (4,)),
-                    ),
-                ),
-                StoredPart(
-                    "s",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (32,)),
-                    ),
-                ),
-                StoredPart(
-                    "t",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="q5_k",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "q5_k",
+            (
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("dmin", "f16", (N, K / "B")),
+                StoredPart("s", "u8", (N, K / "B", B / 64)),
+                StoredPart("m", "u8", (N, K / "B", B / 64)),
+                StoredPart("high", "u8", (N, K / "B", B / 64)),
+                StoredPart("top", "u8", (N, K / "B", B / 8)),
+                StoredPart("q", "u8", (N, K / "B", B / 2)),
+            ),
             when={"type": (13,)},
             sizes={"B": 256},
             block_bytes=176,
             codes=Codes("5", "32", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "dmin",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "s",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "m",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "high",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "top",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (8,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="iq4_nl",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "iq4_nl",
+            (StoredPart("d", "f16", (N, K / "B")), StoredPart("q", "u8", (N, K / "B", B / 2))),
             when={"type": (20,)},
             sizes={"B": 32},
             block_bytes=18,
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="iq4_xs",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "iq4_xs",
+            (
+                StoredPart("d", "f16", (N, K / "B")),
+                StoredPart("t", "u8", (N, K / "B", B / 128)),
+                StoredPart("s", "u8", (N, K / "B", B / 64)),
+                StoredPart("q", "u8", (N, K / "B", B / 2)),
+            ),
             when={"type": (23,)},
             sizes={"B": 256},
             block_bytes=136,
-            tensors=(
-                StoredPart(
-                    "d",
-                    "f16",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "t",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (128,)),
-                    ),
-                ),
-                StoredPart(
-                    "s",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (64,)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
         Format(
-            name="mxfp4",
-            spec="specs/formats/gguf.yaml: gguf",
-            weight=("N", "K"),
+            "mxfp4",
+            (StoredPart("e", "u8", (N, K / "B")), StoredPart("q", "u8", (N, K / "B", B / 2))),
             when={"type": (39,)},
             sizes={"B": 32},
             block_bytes=17,
             codes=Codes("fp4", "32", "", ("codes", "scales")),
-            tensors=(
-                StoredPart(
-                    "e",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-                StoredPart(
-                    "q",
-                    "u8",
-                    (
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-            ),
         ),
     ),
 )

@@ -6,6 +6,9 @@ from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMetho
 
 __all__ = ["GPTQ"]
 
+K = Extent("K")
+N = Extent("N")
+
 # specs/formats/gptq.yaml: gptq
 GPTQ = QuantMethod(
     name="gptq",
@@ -42,74 +45,28 @@ GPTQ = QuantMethod(
     ),
     formats=(
         Format(
-            name="gptq",
-            spec="specs/formats/gptq.yaml: gptq",
-            weight=("N", "K"),
+            "gptq",
+            (
+                StoredPart("qweight", "i32", (K * "b" / 32, N)),
+                StoredPart("qzeros", "i32", (K / "G", N * "b" / 32)),
+                StoredPart("scales", "float", (K / "G", N)),
+                StoredPart("g_idx", "i32", (K,)),
+            ),
             when={"bits": (4, 8), "checkpoint_format|format": ("gptq", None), "dynamic": (None,)},
             sizes={"b": "bits", "G": "group_size"},
             codes=Codes("b", "G", "g_idx", ("codes", "scales", "zeros")),
-            tensors=(
-                StoredPart(
-                    "qweight",
-                    "i32",
-                    (
-                        Extent("K", ("b",), (32,)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "qzeros",
-                    "i32",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", ("b",), (32,)),
-                    ),
-                ),
-                StoredPart(
-                    "scales",
-                    "float",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-                StoredPart("g_idx", "i32", (Extent("K", (), ()),)),
-            ),
         ),
         Format(
-            name="gptq_v2",
-            spec="specs/formats/gptq.yaml: gptq",
-            weight=("N", "K"),
+            "gptq_v2",
+            (
+                StoredPart("qweight", "i32", (K * "b" / 32, N)),
+                StoredPart("qzeros", "i32", (K / "G", N * "b" / 32)),
+                StoredPart("scales", "float", (K / "G", N)),
+                StoredPart("g_idx", "i32", (K,)),
+            ),
             when={"bits": (4, 8), "checkpoint_format|format": ("gptq_v2",), "dynamic": (None,)},
             sizes={"b": "bits", "G": "group_size"},
             codes=Codes("b", "G", "g_idx", ("codes", "scales", "zeros")),
-            tensors=(
-                StoredPart(
-                    "qweight",
-                    "i32",
-                    (
-                        Extent("K", ("b",), (32,)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "qzeros",
-                    "i32",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", ("b",), (32,)),
-                    ),
-                ),
-                StoredPart(
-                    "scales",
-                    "float",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-                StoredPart("g_idx", "i32", (Extent("K", (), ()),)),
-            ),
         ),
     ),
 )

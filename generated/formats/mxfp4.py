@@ -6,6 +6,11 @@ from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMetho
 
 __all__ = ["MXFP4"]
 
+B = Extent("B")
+E = Extent("E")
+K = Extent("K")
+N = Extent("N")
+
 # specs/formats/mxfp4.yaml: mxfp4
 MXFP4 = QuantMethod(
     name="mxfp4",
@@ -14,34 +19,13 @@ MXFP4 = QuantMethod(
     skip=("modules_to_not_convert",),
     formats=(
         Format(
-            name="mxfp4",
-            spec="specs/formats/mxfp4.yaml: mxfp4",
+            "mxfp4",
+            (StoredPart("blocks", "u8", (E, N, K / "B", B / 2)), StoredPart("scales", "u8", (E, N, K / "B"))),
             weight=("E", "K", "N"),
             sizes={"B": 32},
             suffix="",
             separator="_",
             codes=Codes("fp4", "32", "", ("codes", "scales")),
-            tensors=(
-                StoredPart(
-                    "blocks",
-                    "u8",
-                    (
-                        Extent("E", (), ()),
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                        Extent("B", (), (2,)),
-                    ),
-                ),
-                StoredPart(
-                    "scales",
-                    "u8",
-                    (
-                        Extent("E", (), ()),
-                        Extent("N", (), ()),
-                        Extent("K", (), ("B",)),
-                    ),
-                ),
-            ),
         ),
     ),
 )

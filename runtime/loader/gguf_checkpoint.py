@@ -22,7 +22,7 @@ from sageLLM.runtime.loader.gguf_architectures import ROPE_FACTORS, TensorName, 
 from sageLLM.runtime.loader.gguf_reader import GgufHeader, GgufTensor, read_gguf_header
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
 
-_BLOCKS = StoredPart("blocks", "u8", (Extent("N"), Extent("K", (), ("B",))))
+_BLOCKS = StoredPart("blocks", "u8", (Extent("N"), Extent("K") / "B"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,28 @@
 """Functions of the expressions of formats: fields of words, tables, powers of two, and blocks."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
+
+Layout = Sequence[tuple[torch.dtype, tuple[int, ...]]]
+"""The element type and the shape of each field of a block, in order."""
+
+
+def fields(blocks: Tensor, layout: Layout) -> list[Tensor]:
+    """The fields of blocks u8[..., bytes]; each has the dims of the blocks and then its shape."""
+    found, start = [], 0
+    for element, shape in layout:
+        stop = start + element.itemsize * prod(shape)
+        found.append(blocks[..., start:stop].contiguous().view(element).reshape(*blocks.shape[:-1], *shape))
+        start = stop
+    return found
+
+
+def block(*parts: Tensor) -> Tensor:
+    """Blocks u8[..., bytes] of their fields [..., n]: the inverse of `fields`."""
+    return torch.cat([one.contiguous().view(torch.uint8) for one in parts], -1)
 
 
 def bits(words: Tensor, width: int, dim: int, *, order: Sequence[int] | None = None, run: int = 1) -> Tensor:

@@ -30,24 +30,14 @@ def awq(
 
 
 # specs/formats/awq.yaml: awq
-def awq_codes(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    *,
-    N: int,
-) -> tuple[Tensor | int, ...]:
+def awq_codes(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, N: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of awq."""
     ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
     return bits(qweight, 4, 1, order=ORDER)[:, :N].T, scales.T, bits(qzeros, 4, 1, order=ORDER)[:, :N].T
 
 
 # specs/formats/awq.yaml: awq
-def awq_stored(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-) -> dict[str, Tensor]:
+def awq_stored(codes: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
     """The stored tensors of awq, from codes [N, K] and an element per group of each other part."""
     ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
     return {

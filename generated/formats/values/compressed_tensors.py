@@ -45,24 +45,13 @@ def packed(
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def packed_codes(
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    *,
-    K: int,
-    b: int,
-) -> tuple[Tensor | int, ...]:
+def packed_codes(weight_packed: Tensor, weight_scale: Tensor, *, K: int, b: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of packed."""
     return bits(weight_packed, b, 1)[:, :K], weight_scale, (1 << b - 1)
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def packed_stored(
-    codes: Tensor,
-    scales: Tensor,
-    *,
-    b: int,
-) -> dict[str, Tensor]:
+def packed_stored(codes: Tensor, scales: Tensor, *, b: int) -> dict[str, Tensor]:
     """The stored tensors of packed, from codes [N, K] and an element per group of each other part."""
     return {
         "weight_packed": words(codes + (1 << b - 1), b, 1, torch.int32),
@@ -93,26 +82,14 @@ def packed_zeros(
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
 def packed_zeros_codes(
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    *,
-    N: int,
-    K: int,
-    b: int,
+    weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, *, N: int, K: int, b: int
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of packed_zeros."""
     return bits(weight_packed, b, 1)[:, :K], weight_scale, bits(weight_zero_point, b, 0)[:N]
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def packed_zeros_stored(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    *,
-    b: int,
-) -> dict[str, Tensor]:
+def packed_zeros_stored(codes: Tensor, scales: Tensor, zeros: Tensor, *, b: int) -> dict[str, Tensor]:
     """The stored tensors of packed_zeros, from codes [N, K] and an element per group of each other part."""
     return {
         "weight_packed": words(codes, b, 1, torch.int32),
@@ -132,20 +109,14 @@ def int8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtyp
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def int8_codes(
-    weight: Tensor,
-    weight_scale: Tensor,
-) -> tuple[Tensor | int, ...]:
+def int8_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of int8."""
     weight = weight.int()
     return weight, weight_scale
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def int8_stored(
-    codes: Tensor,
-    scales: Tensor,
-) -> dict[str, Tensor]:
+def int8_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of int8, from codes [N, K] and an element per group of each other part."""
     return {
         "weight": codes.to(torch.int8),
@@ -164,10 +135,7 @@ def int8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def int8_tensor_codes(
-    weight: Tensor,
-    weight_scale: Tensor,
-) -> tuple[Tensor | int, ...]:
+def int8_tensor_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of int8_tensor."""
     weight = weight.int()
     weight_scale = weight_scale.reshape(())
@@ -185,19 +153,13 @@ def fp8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtype
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def fp8_codes(
-    weight: Tensor,
-    weight_scale: Tensor,
-) -> tuple[Tensor | int, ...]:
+def fp8_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of fp8."""
     return weight, weight_scale
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def fp8_stored(
-    codes: Tensor,
-    scales: Tensor,
-) -> dict[str, Tensor]:
+def fp8_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of fp8, from codes [N, K] and an element per group of each other part."""
     return {
         "weight": codes.to(torch.float8_e4m3fn),
@@ -216,20 +178,14 @@ def fp8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def fp8_tensor_codes(
-    weight: Tensor,
-    weight_scale: Tensor,
-) -> tuple[Tensor | int, ...]:
+def fp8_tensor_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of fp8_tensor."""
     weight_scale = weight_scale.reshape(())
     return weight, weight_scale
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def fp8_tensor_stored(
-    codes: Tensor,
-    scales: Tensor,
-) -> dict[str, Tensor]:
+def fp8_tensor_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of fp8_tensor, from codes [N, K] and an element per group of each other part."""
     return {
         "weight": codes.to(torch.float8_e4m3fn),
@@ -250,22 +206,13 @@ def fp8_block(
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def fp8_block_codes(
-    weight: Tensor,
-    weight_scale: Tensor,
-    *,
-    N: int,
-    P: int,
-) -> tuple[Tensor | int, ...]:
+def fp8_block_codes(weight: Tensor, weight_scale: Tensor, *, N: int, P: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of fp8_block."""
     return weight, weight_scale.repeat_interleave(P, 0)[:N]
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
-def fp8_block_stored(
-    codes: Tensor,
-    scales: Tensor,
-) -> dict[str, Tensor]:
+def fp8_block_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of fp8_block, from codes [N, K] and an element per group of each other part."""
     return {
         "weight": codes.to(torch.float8_e4m3fn),
@@ -291,11 +238,7 @@ def nvfp4(
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
 def nvfp4_codes(
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_global_scale: Tensor,
-    *,
-    K: int,
+    weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor, *, K: int
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, factors of nvfp4."""
     weight_global_scale = weight_global_scale.reshape(())

@@ -24,10 +24,7 @@ def fp8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch.
 
 
 # specs/formats/fp8.yaml: fp8
-def fp8_tensor_codes(
-    weight: Tensor,
-    weight_scale: Tensor,
-) -> tuple[Tensor | int, ...]:
+def fp8_tensor_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of fp8_tensor."""
     weight_scale = weight_scale.reshape(())
     return weight, weight_scale
@@ -46,12 +43,6 @@ def fp8_block(
 
 
 # specs/formats/fp8.yaml: fp8
-def fp8_block_codes(
-    weight: Tensor,
-    weight_scale_inv: Tensor,
-    *,
-    N: int,
-    P: int,
-) -> tuple[Tensor | int, ...]:
+def fp8_block_codes(weight: Tensor, weight_scale_inv: Tensor, *, N: int, P: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of fp8_block."""
     return weight, weight_scale_inv.repeat_interleave(P, 0)[:N]

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from .algebra import bits, joined, lookup, power_of_two, words
+from .algebra import bits, block, fields, joined, lookup, power_of_two, words
 
 __all__ = [
     "bfloat16",
@@ -37,14 +37,21 @@ __all__ = [
     "q8_0_stored",
 ]
 
+# specs/formats/gguf.yaml: gguf
+FLOAT32 = ((torch.float32, ()),)
+
 
 # specs/formats/gguf.yaml: gguf
 def float32(blocks: Tensor, *, of: torch.dtype = torch.float64) -> Tensor:
     """Plain float32.
 
     w[N, K] = x"""
-    x = blocks[..., 0:4].contiguous().view(torch.float32)[..., 0]
+    (x,) = fields(blocks, FLOAT32)
     return x.to(of)
+
+
+# specs/formats/gguf.yaml: gguf
+FLOAT16 = ((torch.float16, ()),)
 
 
 # specs/formats/gguf.yaml: gguf
@@ -52,8 +59,12 @@ def float16(blocks: Tensor, *, of: torch.dtype = torch.float64) -> Tensor:
     """Plain float16.
 
     w[N, K] = x"""
-    x = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
+    (x,) = fields(blocks, FLOAT16)
     return x.to(of)
+
+
+# specs/formats/gguf.yaml: gguf
+BFLOAT16 = ((torch.bfloat16, ()),)
 
 
 # specs/formats/gguf.yaml: gguf
@@ -61,8 +72,12 @@ def bfloat16(blocks: Tensor, *, of: torch.dtype = torch.float64) -> Tensor:
     """Plain bfloat16.
 
     w[N, K] = x"""
-    x = blocks[..., 0:2].contiguous().view(torch.bfloat16)[..., 0]
+    (x,) = fields(blocks, BFLOAT16)
     return x.to(of)
+
+
+# specs/formats/gguf.yaml: gguf
+Q8_0 = ((torch.float16, ()), (torch.int8, (32,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -70,42 +85,28 @@ def q8_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 bytes with a scale.
 
     w[N, K] = d * q"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 2:34].contiguous().view(torch.int8)
-    d = d.to(of)
-    q = q.int()
-    return joined(d[..., None] * q, 1, K)
+    d, q = fields(blocks, Q8_0)
+    return joined(d.to(of)[..., None] * q.int(), 1, K)
 
 
 # specs/formats/gguf.yaml: gguf
-def q8_0_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q8_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of q8_0."""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 2:34].contiguous().view(torch.int8)
-    q = q.int()
-    return joined(q, 1, K), d
+    d, q = fields(blocks, Q8_0)
+    return joined(q.int(), 1, K), d
 
 
 # specs/formats/gguf.yaml: gguf
-def q8_0_stored(
-    codes: Tensor,
-    scales: Tensor,
-) -> dict[str, Tensor]:
+def q8_0_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of q8_0, from codes [N, K] and an element per group of each other part."""
     B = 32
     return {
-        "blocks": torch.cat(
-            [
-                scales[..., None].to(torch.float16).contiguous().view(torch.uint8),
-                codes.reshape(codes.shape[0], -1, B).to(torch.int8).contiguous().view(torch.uint8),
-            ],
-            -1,
-        ),
+        "blocks": block(scales[..., None].to(torch.float16), codes.reshape(codes.shape[0], -1, B).to(torch.int8)),
     }
+
+
+# specs/formats/gguf.yaml: gguf
+Q4_0 = ((torch.float16, ()), (torch.uint8, (16,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -113,42 +114,38 @@ def q4_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of 4 bits around 8; the low halves of the bytes come first.
 
     w[N, K] = d * (bits(q, 4, B, 16) - 8)"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 2:18]
-    d = d.to(of)
-    return joined(d[..., None] * (bits(q, 4, 2, run=16) - 8), 1, K)
+    d, q = fields(blocks, Q4_0)
+    return joined(d.to(of)[..., None] * (bits(q, 4, 2, run=16) - 8), 1, K)
 
 
 # specs/formats/gguf.yaml: gguf
-def q4_0_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q4_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of q4_0."""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 2:18]
+    d, q = fields(blocks, Q4_0)
     return joined(bits(q, 4, 2, run=16), 1, K), d, 8
 
 
 # specs/formats/gguf.yaml: gguf
-def q4_0_stored(
-    codes: Tensor,
-    scales: Tensor,
-) -> dict[str, Tensor]:
+def q4_0_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of q4_0, from codes [N, K] and an element per group of each other part."""
     B = 32
     return {
-        "blocks": torch.cat(
-            [
-                scales[..., None].to(torch.float16).contiguous().view(torch.uint8),
-                words(codes.reshape(codes.shape[0], -1, B) + 8, 4, 2, torch.uint8, run=16)
-                .contiguous()
-                .view(torch.uint8),
-            ],
-            -1,
+        "blocks": block(
+            scales[..., None].to(torch.float16),
+            words(codes.reshape(codes.shape[0], -1, B) + 8, 4, 2, torch.uint8, run=16),
         ),
     }
+
+
+# specs/formats/gguf.yaml: gguf
+Q4_K = (
+    (torch.float16, ()),
+    (torch.float16, ()),
+    (torch.uint8, (4,)),
+    (torch.uint8, (4,)),
+    (torch.uint8, (4,)),
+    (torch.uint8, (128,)),
+)
 
 
 # specs/formats/gguf.yaml: gguf
@@ -158,46 +155,28 @@ def q4_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     scales = cat(s % 64, high % 16 + 16 * (s // 64), B)
     minima = cat(m % 64, high // 16 + 16 * (m // 64), B)
     w[N, K] = d * rep(scales, 32, B) * bits(q, 4, B, 32) - dmin * rep(minima, 32, B)"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
-    s = blocks[..., 4:8]
-    m = blocks[..., 8:12]
-    high = blocks[..., 12:16]
-    q = blocks[..., 16:144]
-    d = d.to(of)
-    dmin = dmin.to(of)
-    s = s.int()
-    m = m.int()
-    high = high.int()
-    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
-    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    d, dmin, s, m, high, q = fields(blocks, Q4_K)
+    scales = torch.cat([s.int() % 64, high.int() % 16 + 16 * (s.int() // 64)], 2)
+    minima = torch.cat([m.int() % 64, high.int() // 16 + 16 * (m.int() // 64)], 2)
     return joined(
-        d[..., None] * scales.repeat_interleave(32, 2) * bits(q, 4, 2, run=32)
-        - dmin[..., None] * minima.repeat_interleave(32, 2),
+        d.to(of)[..., None] * scales.repeat_interleave(32, 2) * bits(q, 4, 2, run=32)
+        - dmin.to(of)[..., None] * minima.repeat_interleave(32, 2),
         1,
         K,
     )
 
 
 # specs/formats/gguf.yaml: gguf
-def q4_k_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q4_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, factors, minima, minimum_factors of q4_k."""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
-    s = blocks[..., 4:8]
-    m = blocks[..., 8:12]
-    high = blocks[..., 12:16]
-    q = blocks[..., 16:144]
-    s = s.int()
-    m = m.int()
-    high = high.int()
-    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
-    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    d, dmin, s, m, high, q = fields(blocks, Q4_K)
+    scales = torch.cat([s.int() % 64, high.int() % 16 + 16 * (s.int() // 64)], 2)
+    minima = torch.cat([m.int() % 64, high.int() // 16 + 16 * (m.int() // 64)], 2)
     return joined(bits(q, 4, 2, run=32), 1, K), joined(scales, 1, K // 32), d, joined(minima, 1, K // 32), dmin
+
+
+# specs/formats/gguf.yaml: gguf
+Q6_K = ((torch.uint8, (128,)), (torch.uint8, (64,)), (torch.int8, (16,)), (torch.float16, ()))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -205,32 +184,30 @@ def q6_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Super-blocks of 16 blocks of 16 values of 6 bits around 32, with scales of 8 bits.
 
     w[N, K] = d * rep(scales, 16, B) * (bits(low, 4, B, 64) + 16 * bits(high, 2, B, 32) - 32)"""
-    low = blocks[..., 0:128]
-    high = blocks[..., 128:192]
-    scales = blocks[..., 192:208].contiguous().view(torch.int8)
-    d = blocks[..., 208:210].contiguous().view(torch.float16)[..., 0]
-    scales = scales.int()
-    d = d.to(of)
+    low, high, scales, d = fields(blocks, Q6_K)
     return joined(
-        d[..., None] * scales.repeat_interleave(16, 2) * (bits(low, 4, 2, run=64) + 16 * bits(high, 2, 2, run=32) - 32),
+        d.to(of)[..., None]
+        * scales.int().repeat_interleave(16, 2)
+        * (bits(low, 4, 2, run=64) + 16 * bits(high, 2, 2, run=32) - 32),
         1,
         K,
     )
 
 
 # specs/formats/gguf.yaml: gguf
-def q6_k_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q6_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros, factors of q6_k."""
-    low = blocks[..., 0:128]
-    high = blocks[..., 128:192]
-    scales = blocks[..., 192:208].contiguous().view(torch.int8)
-    d = blocks[..., 208:210].contiguous().view(torch.float16)[..., 0]
-    scales = scales.int()
-    return joined(bits(low, 4, 2, run=64) + 16 * bits(high, 2, 2, run=32), 1, K), joined(scales, 1, K // 16), 32, d
+    low, high, scales, d = fields(blocks, Q6_K)
+    return (
+        joined(bits(low, 4, 2, run=64) + 16 * bits(high, 2, 2, run=32), 1, K),
+        joined(scales.int(), 1, K // 16),
+        32,
+        d,
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+Q4_1 = ((torch.float16, ()), (torch.float16, ()), (torch.uint8, (16,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -238,12 +215,12 @@ def q4_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of 4 bits with a scale and an offset.
 
     w[N, K] = d * bits(q, 4, B, 16) + m"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    m = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 4:20]
-    d = d.to(of)
-    m = m.to(of)
-    return joined(d[..., None] * bits(q, 4, 2, run=16) + m[..., None], 1, K)
+    d, m, q = fields(blocks, Q4_1)
+    return joined(d.to(of)[..., None] * bits(q, 4, 2, run=16) + m.to(of)[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+Q5_0 = ((torch.float16, ()), (torch.uint8, (4,)), (torch.uint8, (16,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -251,24 +228,19 @@ def q5_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of 5 bits around 16; the highest bits come first.
 
     w[N, K] = d * (bits(q, 4, B, 16) + 16 * bits(high, 1, B) - 16)"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    high = blocks[..., 2:6]
-    q = blocks[..., 6:22]
-    d = d.to(of)
-    return joined(d[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2) - 16), 1, K)
+    d, high, q = fields(blocks, Q5_0)
+    return joined(d.to(of)[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2) - 16), 1, K)
 
 
 # specs/formats/gguf.yaml: gguf
-def q5_0_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q5_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of q5_0."""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    high = blocks[..., 2:6]
-    q = blocks[..., 6:22]
+    d, high, q = fields(blocks, Q5_0)
     return joined(bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2), 1, K), d, 16
+
+
+# specs/formats/gguf.yaml: gguf
+Q5_1 = ((torch.float16, ()), (torch.float16, ()), (torch.uint8, (4,)), (torch.uint8, (16,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -276,13 +248,12 @@ def q5_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of 5 bits with a scale and an offset.
 
     w[N, K] = d * (bits(q, 4, B, 16) + 16 * bits(high, 1, B)) + m"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    m = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
-    high = blocks[..., 4:8]
-    q = blocks[..., 8:24]
-    d = d.to(of)
-    m = m.to(of)
-    return joined(d[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2)) + m[..., None], 1, K)
+    d, m, high, q = fields(blocks, Q5_1)
+    return joined(d.to(of)[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2)) + m.to(of)[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+Q2_K = ((torch.uint8, (16,)), (torch.uint8, (64,)), (torch.float16, ()), (torch.float16, ()))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -290,34 +261,30 @@ def q2_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Super-blocks of 16 blocks of 16 values of 2 bits, with scales and minima of 4 bits.
 
     w[N, K] = d * rep(s % 16, 16, B) * bits(q, 2, B, 32) - dmin * rep(s // 16, 16, B)"""
-    s = blocks[..., 0:16]
-    q = blocks[..., 16:80]
-    d = blocks[..., 80:82].contiguous().view(torch.float16)[..., 0]
-    dmin = blocks[..., 82:84].contiguous().view(torch.float16)[..., 0]
-    s = s.int()
-    d = d.to(of)
-    dmin = dmin.to(of)
+    s, q, d, dmin = fields(blocks, Q2_K)
     return joined(
-        d[..., None] * (s % 16).repeat_interleave(16, 2) * bits(q, 2, 2, run=32)
-        - dmin[..., None] * (s // 16).repeat_interleave(16, 2),
+        d.to(of)[..., None] * (s.int() % 16).repeat_interleave(16, 2) * bits(q, 2, 2, run=32)
+        - dmin.to(of)[..., None] * (s.int() // 16).repeat_interleave(16, 2),
         1,
         K,
     )
 
 
 # specs/formats/gguf.yaml: gguf
-def q2_k_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q2_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, factors, minima, minimum_factors of q2_k."""
-    s = blocks[..., 0:16]
-    q = blocks[..., 16:80]
-    d = blocks[..., 80:82].contiguous().view(torch.float16)[..., 0]
-    dmin = blocks[..., 82:84].contiguous().view(torch.float16)[..., 0]
-    s = s.int()
-    return joined(bits(q, 2, 2, run=32), 1, K), joined(s % 16, 1, K // 16), d, joined(s // 16, 1, K // 16), dmin
+    s, q, d, dmin = fields(blocks, Q2_K)
+    return (
+        joined(bits(q, 2, 2, run=32), 1, K),
+        joined(s.int() % 16, 1, K // 16),
+        d,
+        joined(s.int() // 16, 1, K // 16),
+        dmin,
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+Q3_K = ((torch.uint8, (32,)), (torch.uint8, (64,)), (torch.uint8, (8,)), (torch.uint8, (4,)), (torch.float16, ()))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -326,34 +293,35 @@ def q3_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 
     scales = bits(s, 4, B, 8) + 16 * bits(t, 2, B, 4) - 32
     w[N, K] = d * rep(scales, 16, B) * (bits(q, 2, B, 32) + 4 * bits(high, 1, B, 32) - 4)"""
-    high = blocks[..., 0:32]
-    q = blocks[..., 32:96]
-    s = blocks[..., 96:104]
-    t = blocks[..., 104:108]
-    d = blocks[..., 108:110].contiguous().view(torch.float16)[..., 0]
-    d = d.to(of)
+    high, q, s, t, d = fields(blocks, Q3_K)
     scales = bits(s, 4, 2, run=8) + 16 * bits(t, 2, 2, run=4) - 32
     return joined(
-        d[..., None] * scales.repeat_interleave(16, 2) * (bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32) - 4),
+        d.to(of)[..., None]
+        * scales.repeat_interleave(16, 2)
+        * (bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32) - 4),
         1,
         K,
     )
 
 
 # specs/formats/gguf.yaml: gguf
-def q3_k_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q3_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros, factors of q3_k."""
-    high = blocks[..., 0:32]
-    q = blocks[..., 32:96]
-    s = blocks[..., 96:104]
-    t = blocks[..., 104:108]
-    d = blocks[..., 108:110].contiguous().view(torch.float16)[..., 0]
+    high, q, s, t, d = fields(blocks, Q3_K)
     scales = bits(s, 4, 2, run=8) + 16 * bits(t, 2, 2, run=4) - 32
     return joined(bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32), 1, K), joined(scales, 1, K // 16), 4, d
+
+
+# specs/formats/gguf.yaml: gguf
+Q5_K = (
+    (torch.float16, ()),
+    (torch.float16, ()),
+    (torch.uint8, (4,)),
+    (torch.uint8, (4,)),
+    (torch.uint8, (4,)),
+    (torch.uint8, (32,)),
+    (torch.uint8, (128,)),
+)
 
 
 # specs/formats/gguf.yaml: gguf
@@ -363,47 +331,23 @@ def q5_k(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     scales = cat(s % 64, high % 16 + 16 * (s // 64), B)
     minima = cat(m % 64, high // 16 + 16 * (m // 64), B)
     w[N, K] = d * rep(scales, 32, B) * (bits(q, 4, B, 32) + 16 * bits(top, 1, B, 32)) - dmin * rep(minima, 32, B)"""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
-    s = blocks[..., 4:8]
-    m = blocks[..., 8:12]
-    high = blocks[..., 12:16]
-    top = blocks[..., 16:48]
-    q = blocks[..., 48:176]
-    d = d.to(of)
-    dmin = dmin.to(of)
-    s = s.int()
-    m = m.int()
-    high = high.int()
-    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
-    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    d, dmin, s, m, high, top, q = fields(blocks, Q5_K)
+    scales = torch.cat([s.int() % 64, high.int() % 16 + 16 * (s.int() // 64)], 2)
+    minima = torch.cat([m.int() % 64, high.int() // 16 + 16 * (m.int() // 64)], 2)
     return joined(
-        d[..., None] * scales.repeat_interleave(32, 2) * (bits(q, 4, 2, run=32) + 16 * bits(top, 1, 2, run=32))
-        - dmin[..., None] * minima.repeat_interleave(32, 2),
+        d.to(of)[..., None] * scales.repeat_interleave(32, 2) * (bits(q, 4, 2, run=32) + 16 * bits(top, 1, 2, run=32))
+        - dmin.to(of)[..., None] * minima.repeat_interleave(32, 2),
         1,
         K,
     )
 
 
 # specs/formats/gguf.yaml: gguf
-def q5_k_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def q5_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, factors, minima, minimum_factors of q5_k."""
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    dmin = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
-    s = blocks[..., 4:8]
-    m = blocks[..., 8:12]
-    high = blocks[..., 12:16]
-    top = blocks[..., 16:48]
-    q = blocks[..., 48:176]
-    s = s.int()
-    m = m.int()
-    high = high.int()
-    scales = torch.cat([s % 64, high % 16 + 16 * (s // 64)], 2)
-    minima = torch.cat([m % 64, high // 16 + 16 * (m // 64)], 2)
+    d, dmin, s, m, high, top, q = fields(blocks, Q5_K)
+    scales = torch.cat([s.int() % 64, high.int() % 16 + 16 * (s.int() // 64)], 2)
+    minima = torch.cat([m.int() % 64, high.int() // 16 + 16 * (m.int() // 64)], 2)
     return (
         joined(bits(q, 4, 2, run=32) + 16 * bits(top, 1, 2, run=32), 1, K),
         joined(scales, 1, K // 32),
@@ -414,15 +358,21 @@ def q5_k_codes(
 
 
 # specs/formats/gguf.yaml: gguf
+IQ4_NL = ((torch.float16, ()), (torch.uint8, (16,)))
+
+
+# specs/formats/gguf.yaml: gguf
 def iq4_nl(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     """Blocks of 32 values of a table of 16 uneven steps.
 
     w[N, K] = d * lut(bits(q, 4, B, 16), STEPS)"""
     STEPS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 2:18]
-    d = d.to(of)
-    return joined(d[..., None] * lookup(bits(q, 4, 2, run=16), STEPS, of), 1, K)
+    d, q = fields(blocks, IQ4_NL)
+    return joined(d.to(of)[..., None] * lookup(bits(q, 4, 2, run=16), STEPS, of), 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+IQ4_XS = ((torch.float16, ()), (torch.uint8, (2,)), (torch.uint8, (4,)), (torch.uint8, (128,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -432,13 +382,15 @@ def iq4_xs(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor
     scales = bits(s, 4, B) + 16 * bits(t, 2, B) - 32
     w[N, K] = d * rep(scales, 32, B) * lut(bits(q, 4, B, 16), STEPS)"""
     STEPS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
-    d = blocks[..., 0:2].contiguous().view(torch.float16)[..., 0]
-    t = blocks[..., 2:4]
-    s = blocks[..., 4:8]
-    q = blocks[..., 8:136]
-    d = d.to(of)
+    d, t, s, q = fields(blocks, IQ4_XS)
     scales = bits(s, 4, 2) + 16 * bits(t, 2, 2) - 32
-    return joined(d[..., None] * scales.repeat_interleave(32, 2) * lookup(bits(q, 4, 2, run=16), STEPS, of), 1, K)
+    return joined(
+        d.to(of)[..., None] * scales.repeat_interleave(32, 2) * lookup(bits(q, 4, 2, run=16), STEPS, of), 1, K
+    )
+
+
+# specs/formats/gguf.yaml: gguf
+MXFP4 = ((torch.uint8, ()), (torch.uint8, (16,)))
 
 
 # specs/formats/gguf.yaml: gguf
@@ -447,20 +399,12 @@ def mxfp4(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 
     w[N, K] = lut(bits(q, 4, B, 16), E2M1) * e8m0(e)"""
     E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-    e = blocks[..., 0:1][..., 0]
-    q = blocks[..., 1:17]
-    e = e.int()
-    return joined(lookup(bits(q, 4, 2, run=16), E2M1, of) * power_of_two(e, of)[..., None], 1, K)
+    e, q = fields(blocks, MXFP4)
+    return joined(lookup(bits(q, 4, 2, run=16), E2M1, of) * power_of_two(e.int(), of)[..., None], 1, K)
 
 
 # specs/formats/gguf.yaml: gguf
-def mxfp4_codes(
-    blocks: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def mxfp4_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of mxfp4."""
-    e = blocks[..., 0:1][..., 0]
-    q = blocks[..., 1:17]
-    e = e.int()
-    return joined(bits(q, 4, 2, run=16), 1, K), power_of_two(e, torch.float32)
+    e, q = fields(blocks, MXFP4)
+    return joined(bits(q, 4, 2, run=16), 1, K), power_of_two(e.int(), torch.float32)

@@ -38,14 +38,7 @@ def gptq(
 
 # specs/formats/gptq.yaml: gptq
 def gptq_codes(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    *,
-    N: int,
-    K: int,
-    b: int,
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, *, N: int, K: int, b: int
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of gptq."""
     zeros = (bits(qzeros, b, 1)[:, :N] + 1) % (1 << b)
@@ -75,14 +68,7 @@ def gptq_v2(
 
 # specs/formats/gptq.yaml: gptq
 def gptq_v2_codes(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    *,
-    N: int,
-    K: int,
-    b: int,
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, *, N: int, K: int, b: int
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of gptq_v2."""
     return bits(qweight, b, 0)[:K].T, scales.T, bits(qzeros, b, 1)[:, :N].T

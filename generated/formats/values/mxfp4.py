@@ -24,12 +24,7 @@ def mxfp4(blocks: Tensor, scales: Tensor, *, K: int, of: torch.dtype = torch.flo
 
 
 # specs/formats/mxfp4.yaml: mxfp4
-def mxfp4_codes(
-    blocks: Tensor,
-    scales: Tensor,
-    *,
-    K: int,
-) -> tuple[Tensor | int, ...]:
+def mxfp4_codes(blocks: Tensor, scales: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of mxfp4."""
     scales = scales.int()
     return joined(bits(blocks, 4, 3), 2, K), power_of_two(scales, torch.float32)

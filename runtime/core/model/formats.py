@@ -21,6 +21,12 @@ class Extent:
     times: tuple[Term, ...] = ()
     over: tuple[Term, ...] = ()
 
+    def __mul__(self, term: Term) -> Extent:
+        return Extent(self.dim, (*self.times, term), self.over)
+
+    def __truediv__(self, term: Term) -> Extent:
+        return Extent(self.dim, self.times, (*self.over, term))
+
     def size(self, sizes: Mapping[str, int]) -> int:
         above, below = self._ratio(sizes)
         return -(-sizes[self.dim] * above // below)
@@ -101,9 +107,8 @@ class Format:
     """
 
     name: str
-    spec: str
-    weight: tuple[str, ...]
     tensors: tuple[StoredPart, ...]
+    weight: tuple[str, ...] = ("N", "K")
     when: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
     sizes: Mapping[str, Term] = field(default_factory=dict)
     unused: tuple[str, ...] = ()

@@ -6,6 +6,10 @@ from sageLLM.runtime.core.model.formats import Extent, Format, QuantMethod, Stor
 
 __all__ = ["TILES"]
 
+E = Extent("E")
+K = Extent("K")
+N = Extent("N")
+
 # format_of_bytes/spec.yaml: tiles
 TILES = QuantMethod(
     name="tiles",
@@ -16,33 +20,17 @@ TILES = QuantMethod(
     keys=("author",),
     formats=(
         Format(
-            name="tiles",
-            spec="format_of_bytes/spec.yaml: tiles",
+            "tiles",
+            (
+                StoredPart("codes", "i32", (E, K * "b" / 32, N)),
+                StoredPart("factors", "f16", (K / "G", N)),
+                StoredPart("shift", "i8", (N,)),
+                StoredPart("top", "f32", ()),
+            ),
             weight=("E", "N", "K"),
             when={"bits": (4, 8), "kind|type": ("plain", None), "signed": (True,)},
             sizes={"b": "bits", "G": "group"},
             unused=("bias_scale",),
-            tensors=(
-                StoredPart(
-                    "codes",
-                    "i32",
-                    (
-                        Extent("E", (), ()),
-                        Extent("K", ("b",), (32,)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-                StoredPart(
-                    "factors",
-                    "f16",
-                    (
-                        Extent("K", (), ("G",)),
-                        Extent("N", (), ()),
-                    ),
-                ),
-                StoredPart("shift", "i8", (Extent("N", (), ()),)),
-                StoredPart("top", "f32", ()),
-            ),
         ),
     ),
 )
