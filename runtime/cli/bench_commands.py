@@ -1,11 +1,13 @@
 """`sagellm bench`: measurements of this machine and of the engine on it."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from sageLLM.runtime.cli.bench_serve_options import ServeBench
 from sageLLM.runtime.cli.engine_options import EngineOptions, with_engine_options
+from sageLLM.runtime.cli.options import with_request
 
 bench_app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Measure this machine, and the engine on it."
@@ -101,63 +103,9 @@ def latency(
 
 
 @bench_app.command("serve")
-def serve_(
-    base_url: Annotated[str, typer.Option(help="URL of a running server.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Name of the model (default: the first one served).")] = None,
-    backend: Annotated[
-        Literal["openai", "openai-chat"], typer.Option(help="Completions of token ids, or chat of random words.")
-    ] = "openai",
-    num_prompts: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 1000,
-    random_input_len: InputLen = 1024,
-    random_output_len: OutputLen = 128,
-    random_range_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Input lengths vary by this share in both directions.")
-    ] = 0.0,
-    request_rate: Annotated[float, typer.Option(help="Requests per second; inf sends all at once.")] = float("inf"),
-    burstiness: Annotated[
-        float, typer.Option(min=1e-6, help="Shape of the gamma distribution of arrivals; 1 is a Poisson process.")
-    ] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests under way at once.")] = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Generate all tokens of each answer.")] = True,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
-    seed: Seed = 0,
-    vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompts have ids below this (default: by the config of the model).")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of the server.", envvar="SAGELLM_API_KEY")] = None,
-    percentile_metrics: Annotated[
-        str, typer.Option(help="Of ttft, tpot, itl, e2el; separated by commas.")
-    ] = "ttft,tpot,itl",
-    metric_percentiles: Annotated[str, typer.Option(help="Percentiles, separated by commas.")] = "99",
-    result_filename: Annotated[Path | None, typer.Option(help="Write the result to this file, as JSON.")] = None,
-    save_detailed: Annotated[bool, typer.Option(help="Write times and text of every request too.")] = False,
-    disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="Show no progress.")] = False,
-    json: Json = False,
-) -> None:
+@with_request(ServeBench)
+def serve_(request: ServeBench) -> None:
     """Measure a running server with random prompts, as `vllm bench serve` does."""
-    from sageLLM.runtime.cli.bench_serve import ServeBench, bench_serve
+    from sageLLM.runtime.cli.bench_serve import bench_serve
 
-    bench = ServeBench(
-        base_url=base_url,
-        model=model,
-        backend=backend,
-        num_prompts=num_prompts,
-        random_input_len=random_input_len,
-        random_output_len=random_output_len,
-        random_range_ratio=random_range_ratio,
-        request_rate=request_rate,
-        burstiness=burstiness,
-        max_concurrency=max_concurrency,
-        ignore_eos=ignore_eos,
-        temperature=temperature,
-        seed=seed,
-        vocab_size=vocab_size,
-        api_key=api_key,
-        percentile_metrics=percentile_metrics,
-        metric_percentiles=metric_percentiles,
-        result_filename=result_filename,
-        save_detailed=save_detailed,
-        shows_progress=not disable_tqdm,
-        as_json=json,
-    )
-    raise typer.Exit(bench_serve(bench))
+    raise typer.Exit(bench_serve(request))

@@ -8,12 +8,12 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sageLLM.runtime.cli.bench_serve_options import ServeBench
 from sageLLM.runtime.server.http_client import Address, Connection, HttpError
-from sageLLM.runtime.server.load import Backend, LoadPlan, Outcome, run_load
+from sageLLM.runtime.server.load import LoadPlan, Outcome, run_load
 from sageLLM.runtime.server.report import METRICS, Report
 
 WORDS = [
@@ -38,33 +38,6 @@ WORDS = [
     "is",
     "if",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeBench:
-    """The arguments of `sagellm bench serve`."""
-
-    base_url: str
-    model: str | None
-    backend: Backend
-    num_prompts: int
-    random_input_len: int
-    random_output_len: int
-    random_range_ratio: float
-    request_rate: float
-    burstiness: float
-    max_concurrency: int | None
-    ignore_eos: bool
-    temperature: float
-    seed: int
-    vocab_size: int | None
-    api_key: str | None
-    percentile_metrics: str
-    metric_percentiles: str
-    result_filename: Path | None
-    save_detailed: bool
-    shows_progress: bool
-    as_json: bool
 
 
 def bench_serve(bench: ServeBench) -> int:
@@ -164,4 +137,4 @@ def _progress(bench: ServeBench) -> Callable[[Outcome], None]:
         end = "\n" if num_done == bench.num_prompts else ""
         print(f"\r{num_done}/{bench.num_prompts} requests", end=end, file=sys.stderr, flush=True)
 
-    return count if bench.shows_progress and sys.stderr.isatty() else lambda outcome: None
+    return count if not bench.disable_tqdm and sys.stderr.isatty() else lambda outcome: None

@@ -59,8 +59,8 @@ def _parameter(field: "Field[Any]", hint: Any, panel: str | None, environment: s
         min=option.min,
         max=option.max,
         rich_help_panel=panel,
-        envvar=None if environment is None else environment + field.name.upper(),
-        show_envvar=False,
+        envvar=option.environment if environment is None else environment + field.name.upper(),
+        show_envvar=option.environment is not None,
     )
     return keyword(field.name, hint.__origin__, default)
 

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 class Option(NamedTuple):
-    """Help of an option; its flag if the name of the field is not it; the parser of a text; bounds of a number."""
+    """Help of an option; its flag if the name of the field is not it; the parser of a text; bounds of a number; the
+    environment variable that it is read from.
+    """
 
     help: str
     flag: str | None = None
     parser: Callable[[str], int] | None = None
     min: float | None = None
     max: float | None = None
+    environment: str | None = None
 
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
