@@ -7,7 +7,9 @@ the prompt is computed there.
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from sageLLM.runtime.transport.base import Place, Report
 from sageLLM.runtime.transport.handle import End, Handle, PieceKey, sign
 from sageLLM.runtime.transport.rows import best_digest
 from sageLLM.runtime.transport.shards import Part, PoolShard
+from sageLLM.runtime.transport.sockets import Connections, limit_waits
 from sageLLM.runtime.transport.tcp import LOOPBACK, TcpTransport
 from sageLLM.runtime.transport.ticket import (
     Fetch,
@@ -50,6 +53,8 @@ CONNECT_SECONDS, FETCH_SECONDS = 1.0, 10.0
 """The times to connect and to copy, after which the prompt is computed."""
 KEPT_SHARE = 0.5
 """The share of the pool that kept prompts may hold; the oldest ones are released first."""
+CHECK_SECONDS = 0.1
+"""The interval between two looks at whether the engine is being closed."""
 NUM_FETCHES = 4
 """Fetches at the same time; further ones wait."""
 MAX_MESSAGE_BYTES = 2**22
@@ -77,6 +82,7 @@ class KVPort:
         self.transport = TcpTransport(place, host)
         self.transport.register(PoolShard(part, pool.block_size, pool.keys, values))
         self._ends: dict[PieceKey, SimpleQueue[Report]] = {}
+        self.is_closed = False
         threading.Thread(target=self._distribute, name="sagellm-kv-reports", daemon=True).start()
 
     def expect(self, key: PieceKey) -> SimpleQueue[Report]:
@@ -90,8 +96,15 @@ class KVPort:
     def stop(self, key: PieceKey, reports: SimpleQueue[Report]) -> None:
         """Returns when nothing reads or writes for a copy any more."""
         self.transport.cancel(key)
-        while reports.get().kind != "stopped":
+        while not self.is_closed and reports.get().kind != "stopped":
             pass
+
+    def close(self) -> None:
+        """Stops all copies; those that wait for a report get one."""
+        self.transport.close()
+        self.is_closed = True
+        for key, reports in list(self._ends.items()):
+            reports.put(Report("stopped", key, 0, reason="the engine is being closed"))
 
     def _distribute(self) -> None:
         while reports := self.transport.poll(None):
@@ -123,9 +136,9 @@ class KVKeeper:
         self._port = KVPort(engine, SOURCE, key, host)
         self._kept: dict[str, _Kept] = {}
         self._lock = threading.Lock()
-        self._listener = channel.listen(host, 0)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        threading.Thread(target=self._accept, name="sagellm-kv-keeper", daemon=True).start()
+        listener = channel.listen(host, 0)
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        self._connections = Connections(listener, "sagellm-kv-keeper", self._serve)
 
     @property
     def epoch(self) -> int:
@@ -164,26 +177,20 @@ class KVKeeper:
             self._kept.clear()
 
     def close(self) -> None:
-        self._listener.close()
-        self._port.transport.close()
+        self._connections.close()
+        self._port.close()
 
     # --- threads of the server ---
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = channel.accept(self._listener, self._port.key)
-            except channel.AuthenticationError as error:
-                LOG.warning("a connection to the KV of prompts was refused: %s", error)
-                continue
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="sagellm-kv-fetch", daemon=True).start()
-
-    def _serve(self, connection: Connection) -> None:
-        with connection, suppress(OSError, EOFError, MessageError):
-            fetch = decode_fetch(connection.recv_bytes(MAX_MESSAGE_BYTES))
-            connection.send_bytes(encode(self._answer(fetch)))
+    def _serve(self, stream: socket.socket) -> None:
+        limit_waits(stream, FETCH_SECONDS)
+        try:
+            with Connection(os.dup(stream.fileno())) as connection, suppress(OSError, EOFError, MessageError):
+                channel.challenge(connection, self._port.key)
+                fetch = decode_fetch(connection.recv_bytes(MAX_MESSAGE_BYTES))
+                connection.send_bytes(encode(self._answer(fetch)))
+        except channel.AuthenticationError as error:
+            LOG.warning("a connection to the KV of prompts was refused: %s", error)
 
     def _answer(self, fetch: Fetch) -> Fetched | NotFetched:
         if fetch.model != self._port.model:
@@ -297,7 +304,7 @@ class KVFetcher:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._port.transport.close()
+        self._port.close()
 
     # --- threads of copies ---
 
@@ -321,8 +328,7 @@ class KVFetcher:
         connection = channel.connect(fetch.ticket.host, fetch.ticket.port, self._port.key, CONNECT_SECONDS)
         with connection:
             connection.send_bytes(encode(fetch))
-            if not connection.poll(FETCH_SECONDS):
-                raise FetchError(f"no answer within {FETCH_SECONDS:g} s")
+            self._await_answer(connection)
             answer = decode_answer(connection.recv_bytes(MAX_MESSAGE_BYTES))
         if isinstance(answer, NotFetched):
             raise FetchError(answer.reason)
@@ -334,3 +340,11 @@ class KVFetcher:
         if report.kind != "received":
             raise FetchError(report.reason)
         return answer.num_tokens
+
+    def _await_answer(self, connection: Connection) -> None:
+        deadline = time.monotonic() + FETCH_SECONDS
+        while not connection.poll(CHECK_SECONDS):
+            if self._port.is_closed:
+                raise FetchError("the engine is being closed")
+            if time.monotonic() > deadline:
+                raise FetchError(f"no answer within {FETCH_SECONDS:g} s")

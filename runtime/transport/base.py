@@ -145,12 +145,15 @@ class QueuedTransport(ABC):
         self._pushes.submit(lambda: self._checks.submit(lambda: self._settle(key)))
 
     def poll(self, seconds: float | None = 0.0) -> list[Report]:
+        found: list[Report | None] = []
         try:
-            found = [self._reports.get(seconds != 0, seconds or None)]
+            found.append(self._reports.get(seconds != 0, seconds or None))
             while True:
                 found.append(self._reports.get_nowait())
         except Empty:
             pass
+        if None in found:
+            self._reports.put(None)  # for the next call
         return [report for report in found if report is not None]
 
     def close(self) -> None:

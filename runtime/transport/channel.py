@@ -10,11 +10,15 @@ import os
 import secrets
 import socket
 import struct
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.transport.sockets import shut
 
 KEY_VARIABLE, KEY_FILE_VARIABLE = "SAGELLM_KEY", "SAGELLM_KEY_FILE"
 MIN_KEY_LENGTH = 16
@@ -95,28 +99,48 @@ def accept(listener: socket.socket, key: bytes) -> tuple[Connection, str]:
 
 
 def challenge(connection: Connection, key: bytes) -> None:
-    """The engine's side of the handshake."""
+    """The engine's side of the handshake. Raises AuthenticationError."""
     nonce = secrets.token_bytes(NONCE_BYTES)
-    try:
+    with _deadline(connection, "it has closed the connection"):
         connection.send_bytes(nonce)
         theirs, proof = _split(_receive(connection, 2 * NONCE_BYTES))
         if not hmac.compare_digest(proof, _proof(key, b"node", nonce, theirs)):
             raise AuthenticationError("it has another key")
         connection.send_bytes(_proof(key, b"engine", theirs, nonce))
-    except (OSError, EOFError) as error:
-        raise AuthenticationError(f"it has closed the connection ({error or 'end of file'})") from None
 
 
 def answer_challenge(connection: Connection, key: bytes) -> None:
-    """The other side of the handshake."""
+    """The other side of the handshake. Raises AuthenticationError."""
     own = secrets.token_bytes(NONCE_BYTES)
-    try:
+    with _deadline(connection, "it has closed the connection; set the same key on all hosts"):
         nonce = _receive(connection, NONCE_BYTES)
         connection.send_bytes(own + _proof(key, b"node", nonce, own))
         if not hmac.compare_digest(_receive(connection, NONCE_BYTES), _proof(key, b"engine", own, nonce)):
             raise AuthenticationError("it has another key")
-    except (OSError, EOFError):
-        raise AuthenticationError("it has closed the connection; set the same key on all hosts") from None
+
+
+@contextmanager
+def _deadline(connection: Connection, closed: str) -> Iterator[None]:
+    """Ends a handshake after AUTHENTICATION_SECONDS in all, also one of which bytes arrive one by one.
+
+    A handshake whose connection is `closed` raises AuthenticationError with this reason.
+    """
+    is_late = threading.Event()
+    with socket.socket(fileno=os.dup(connection.fileno())) as stream:
+
+        def end() -> None:
+            is_late.set()
+            shut(stream)
+
+        timer = threading.Timer(AUTHENTICATION_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (OSError, EOFError):
+            raise AuthenticationError(_late() if is_late.is_set() else closed) from None
+        finally:
+            timer.cancel()
 
 
 def interface_of(address: str) -> str | None:
@@ -147,11 +171,15 @@ def _as_connection(stream: socket.socket) -> Connection:
 
 def _receive(connection: Connection, num_bytes: int) -> bytes:
     if not connection.poll(AUTHENTICATION_SECONDS):
-        raise AuthenticationError(f"it has not answered within {AUTHENTICATION_SECONDS:.0f} s")
+        raise AuthenticationError(_late())
     data = connection.recv_bytes(num_bytes)
     if len(data) != num_bytes:
         raise AuthenticationError("it does not follow the protocol")
     return data
+
+
+def _late() -> str:
+    return f"it has not answered within {AUTHENTICATION_SECONDS:g} s"
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

@@ -1,13 +1,93 @@
-"""Whole buffers through blocking sockets."""
+"""Blocking sockets: whole buffers, limits of waits, and threads that serve the connections of a listener."""
 
 import errno
+import logging
 import os
 import socket
+import struct
+import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 
+LOG = logging.getLogger("sagellm")
 MAX_PARTS = os.sysconf("SC_IOV_MAX")
+MAX_CONNECTIONS = 256
+"""Connections of a listener at the same time, with those that have not proved yet that they have the key."""
+PAUSE_SECONDS = 0.5
+"""The pause after a connection that could not be accepted, such as for lack of file descriptors."""
+
+
+class Connections:
+    """Serves each connection of a listening socket in a thread, up to MAX_CONNECTIONS at a time, until `close`.
+
+    A connection is closed when `serve` returns; further ones are closed at once.
+    """
+
+    def __init__(self, listener: socket.socket, name: str, serve: Callable[[socket.socket], None]) -> None:
+        self._listener, self._name, self._serve = listener, name, serve
+        self._open: set[socket.socket] = set()
+        self._is_closed = False
+        threading.Thread(target=self._accept, name=f"{name}-listener", daemon=True).start()
+
+    def close(self) -> None:
+        """Closes the listener, and ends the waits of all connections."""
+        self._is_closed = True
+        shut(self._listener)
+        self._listener.close()
+        for stream in list(self._open):
+            shut(stream)
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                stream, _ = self._listener.accept()
+            except OSError as error:
+                if not self._is_closed:
+                    LOG.warning("a connection could not be accepted: %s", error)
+                    time.sleep(PAUSE_SECONDS)
+                continue
+            if len(self._open) < MAX_CONNECTIONS:
+                self._open.add(stream)
+                threading.Thread(target=self._run, args=(stream,), name=self._name, daemon=True).start()
+            else:
+                stream.close()
+
+    def _run(self, stream: socket.socket) -> None:
+        try:
+            if not self._is_closed:
+                self._serve(stream)
+        finally:
+            self._open.discard(stream)
+            stream.close()
+
+
+def limit_waits(stream: socket.socket, seconds: float) -> None:
+    """Lets the kernel fill whole buffers, and end a wait without progress with an OSError."""
+    stream.setblocking(True)
+    limit = struct.pack("ll", int(seconds), 0)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def is_idle(stream: socket.socket) -> bool:
+    """Whether the other end has neither closed the connection nor sent anything."""
+    try:
+        stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def shut(stream: socket.socket) -> None:
+    """Ends all waits for the socket, in any thread."""
+    with suppress(OSError):
+        stream.shutdown(socket.SHUT_RDWR)
 
 
 def send_parts(stream: socket.socket, parts: Sequence[memoryview]) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import torch
@@ -32,6 +31,7 @@ from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, Sign
 from sageLLM.runtime.transport.jobs import BACKGROUND, yield_to_others
 from sageLLM.runtime.transport.rows import Rows, Span
 from sageLLM.runtime.transport.shards import Route
+from sageLLM.runtime.transport.sockets import Connections, is_idle, limit_waits, shut
 
 SECONDS = 60.0
 """A connection without progress for so long is closed."""
@@ -59,7 +59,7 @@ class TcpTransport(QueuedTransport):
     def close(self) -> None:
         self._receiver.close()
         if self._sending is not None:
-            _shut(self._sending[1])
+            shut(self._sending[1])
         super().close()
         for stream in self._streams.values():
             stream.close()
@@ -95,11 +95,15 @@ class TcpTransport(QueuedTransport):
         return self._receiver.take_digest(handle.key, route.source)
 
     def _connect(self, address: str) -> socket.socket:
+        for other, found in list(self._streams.items()):
+            if not is_idle(found):  # its receiver is gone, or has closed it, as it was idle for long
+                found.close()
+                del self._streams[other]
         if (stream := self._streams.get(address)) is not None:
             return stream
         host, _, port = address.rpartition(":")
         stream = socket.create_connection((host, int(port)), timeout=SECONDS)
-        _tune(stream)
+        limit_waits(stream, SECONDS)
         try:
             with Connection(os.dup(stream.fileno())) as connection:
                 answer_challenge(connection, self._place.key)
@@ -112,7 +116,7 @@ class TcpTransport(QueuedTransport):
     def _interrupt(self, key: PieceKey) -> None:
         sending = self._sending
         if sending is not None and sending[0] == key:
-            _shut(sending[1])
+            shut(sending[1])
         self._receiver.interrupt(key)
 
     def _settle(self, key: PieceKey) -> None:
@@ -132,23 +136,19 @@ class Receiver:
         self._writers: list[tuple[PieceKey, socket.socket]] = []
         self._changed = threading.Condition()
         self._digests: OrderedDict[tuple[PieceKey, int], int] = OrderedDict()
-        self._listener = socket.create_server((host, 0))
-        self.address = "{}:{}".format(*self._listener.getsockname()[:2])
-        self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, name="sagellm-kv-listener", daemon=True).start()
+        listener = socket.create_server((host, 0))
+        self.address = "{}:{}".format(*listener.getsockname()[:2])
+        self._connections = Connections(listener, "sagellm-kv-receiver", self._serve)
 
     def close(self) -> None:
-        _shut(self._listener)
-        self._listener.close()
-        for stream in list(self._open):
-            _shut(stream)
+        self._connections.close()
 
     def interrupt(self, key: PieceKey) -> None:
         """Closes the connections that write a cancelled piece."""
         with self._changed:
             for found, stream in self._writers:
                 if found == key:
-                    _shut(stream)
+                    shut(stream)
 
     def settle(self, key: PieceKey) -> None:
         """Waits until nothing writes an interrupted piece."""
@@ -179,29 +179,17 @@ class Receiver:
                 self._writers.remove((key, stream))
                 self._changed.notify_all()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                stream, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(stream,), name="sagellm-kv-receiver", daemon=True).start()
-
     @torch.inference_mode()
     def _serve(self, stream: socket.socket) -> None:
-        self._open.add(stream)
         yield_to_others(self._nice)
         try:
-            _tune(stream)
+            limit_waits(stream, SECONDS)
             with Connection(os.dup(stream.fileno())) as connection:
                 challenge(connection, self._place.key)
             while True:
                 self._receive_piece(stream)
         except (AuthenticationError, FrameError, HandleError, OSError):
             pass  # the other end reports its piece as failed
-        finally:
-            self._open.discard(stream)
-            stream.close()
 
     def _receive_piece(self, stream: socket.socket) -> None:
         begin, _ = receive_header(stream)
@@ -245,17 +233,3 @@ class Receiver:
         if num_bytes != (wanted := sum(one.num_bytes for one in rows)):
             raise FrameError(f"{header.count} layers must have {wanted} bytes, got {num_bytes}")
         return header.count, rows
-
-
-def _tune(stream: socket.socket) -> None:
-    """The kernel fills whole buffers, and ends a wait without progress."""
-    stream.setblocking(True)
-    limit = struct.pack("ll", int(SECONDS), 0)
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _shut(stream: socket.socket) -> None:
-    with suppress(OSError):
-        stream.shutdown(socket.SHUT_RDWR)

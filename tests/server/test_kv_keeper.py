@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+from msgspec.structs import replace
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.kv_exchange import KVFetcher, KVKeeper
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.transport import channel
 from sageLLM.runtime.transport.ticket import Ticket, TicketError
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
@@ -61,6 +65,35 @@ def test_the_ticket_of_another_prompt_is_refused(llm: LLM) -> None:
     assert fetcher.begin(ticket, PROMPTS[-1], "", lambda *_: None) is None, "all of it is here"
     keeper.close()
     fetcher.close()
+
+
+def test_a_client_that_stops_in_its_handshake_delays_no_other(llm: LLM) -> None:
+    other = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
+    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(other.engine, KEY)
+    ends: SimpleQueue[tuple[str, int, str]] = SimpleQueue()
+    with socket.create_connection(keeper.address) as stream:
+        stream.sendall(b"\0")  # the beginning of a message that does not come
+        ticket = keeper.keep("a", PROMPTS[-1], "")
+        name = fetcher.begin(ticket, PROMPTS[-1], "", lambda *end: ends.put(end))
+        assert ends.get(timeout=20) == (name, 48, "")
+    keeper.close()
+    fetcher.close()
+    other.close()
+
+
+def test_a_fetch_ends_as_the_engine_is_closed(llm: LLM) -> None:
+    other = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
+    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(other.engine, KEY)
+    ends: SimpleQueue[tuple[str, int, str]] = SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ticket = replace(keeper.keep("a", PROMPTS[-1], ""), port=silent.getsockname()[1])
+        name = fetcher.begin(ticket, PROMPTS[-1], "", lambda *end: ends.put(end))
+        connection, _ = channel.accept(silent, KEY)
+        fetcher.close()
+        assert ends.get(timeout=20) == (name, 0, "the engine is being closed")
+        connection.close()
+    keeper.close()
+    other.close()
 
 
 def test_engines_with_two_pools_are_refused() -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
+from sageLLM.runtime.transport import tcp
 from sageLLM.runtime.transport.base import KVTransport, Place, Report
 from sageLLM.runtime.transport.channel import answer_challenge
 from sageLLM.runtime.transport.handle import End, Handle, SignedHandle, sign
@@ -359,6 +361,20 @@ def test_a_peer_that_is_gone_fails_the_piece_alone() -> None:
         (report,) = reports_of(group.ends[0][0])
         assert report.kind == "failed" and "ConnectionRefusedError" in report.reason
         assert [one.kind for one in group.push(sign(handle, KEY))] == ["pushed"]
+    finally:
+        group.close()
+
+
+def test_a_stream_that_was_idle_for_long_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "SECONDS", 1.0)
+    group = Group("tcp")
+    try:
+        assert [one.kind for one in group.push(sign(group.handle(0, 8), KEY))] == ["pushed"]
+        time.sleep(1.5)  # the receiver has closed it
+        handle = group.handle(4, 7)
+        pushed = group.push(sign(handle, KEY))
+        assert [one.kind for one in pushed] == ["pushed"]
+        assert [one.kind for one in group.check(handle, pushed)] == ["received"]
     finally:
         group.close()
 
