@@ -41,6 +41,7 @@ SHAPES = [
     (33, 96, 16, "divisors"),
     (24, 160, 32, "powers of two"),
     (24, 288, 160, ""),
+    (16, 48, 16, "float32"),
 ]
 """Features, inputs, group, and the kind of zeros and scales."""
 
@@ -59,6 +60,8 @@ def random_weight(form: str, features: int, inner: int, group: int, kind: str, d
     codes = torch.randint(0, 2 ** FORMS[form].bits, shape, generator=random)
     if form == "fp8":
         codes[codes % 128 == 127] = 0  # NaN
+    if kind == "float32" and form != "fp8":
+        codes[:] = 2 ** FORMS[form].bits - 1  # NaN, if they were read as scales
     groups = (features, -(-inner // group))
     scales = ((torch.rand(groups, generator=random) + 0.5) / 32).to(torch.float16 if kind else torch.bfloat16)
     zeros = torch.randint(-8, 8, groups, generator=random, dtype=torch.int8) if kind == "zeros" else None
@@ -74,6 +77,8 @@ def random_weight(form: str, features: int, inner: int, group: int, kind: str, d
             return replace(weight, scales=small, factors=factors, zeros=small.flip(0), minima=factors.flip(0))
         case "divisors":
             return replace(weight, scales=scales.to(torch.float8_e4m3fn), factors=torch.full((features, 1), 3.7))
+        case "float32":
+            return replace(weight, scales=scales.float() + 1e-5)
         case "powers of two":
             powers = torch.randint(110, 120, groups, generator=random).to(torch.uint8)
             return replace(weight, scales=powers.view(torch.float8_e8m0fnu))

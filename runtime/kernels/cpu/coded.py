@@ -196,10 +196,12 @@ class _Layout:
 
 def _layout(weight: CodedWeight, gates: int) -> _Layout:
     starts, sizes, size = {}, {}, 0
+    # Kernels read the scales of all 32 inputs of a step, also where the last one has a group of 16: 0 for the others.
+    padding = PANEL if weight.group < DEPTH and weight.scales.shape[-1] % (DEPTH // weight.group) else 0
     for name in ("scales", "factors", "zeros", "minima", "words"):
         if (part := weight.parts.get(name)) is not None:
             starts[name], sizes[name] = size, part.shape[-1] * PANEL * part.itemsize
-            size += -(-sizes[name] // LINE) * LINE
+            size += -(-(sizes[name] + padding * part.itemsize) // LINE) * LINE
     experts = weight.shape[0] if len(weight.shape) == 3 else 1
     return _Layout(experts, gates, -(-(weight.shape[-2] // gates) // PANEL), starts, sizes, size)
 
