@@ -176,6 +176,8 @@ class StepPipeline:
     def _append_all(self, part: OrderedStep, result: StepResult) -> bool:
         """Appends the tokens of decodes of which none ends; False, and no change, if the step is not of this kind."""
         if part.chunked or result.logprobs or result.not_finite or result.failures:
+            if part.order.has_decodes:
+                self._rows = None  # they get their tokens one by one, and one of them may end
             return False
         rows = self._rows
         if rows is None or rows.answers is not part.sampled:  # the order builder keeps the list of the same decodes

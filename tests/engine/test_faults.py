@@ -16,12 +16,15 @@ from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.run import RunRequest, run_prompts
+from sageLLM.runtime.engine.answer_rows import Progress
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.pipeline import StepInFlight, StepPipeline
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
 from sageLLM.runtime.text.detokenizer import Detokenizer
 from sageLLM.runtime.worker import row_sampler
 from sageLLM.runtime.worker.model_runner import ModelRunner
+from sageLLM.runtime.worker.orders import StepResult
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 PROMPTS = [[10, 11, 12], [20, 21], [30, 31, 32, 33]]
@@ -215,6 +218,22 @@ def test_logits_that_are_not_finite_end_only_their_request(tmp_path: Path, caplo
     assert any("the logits are not finite" in message for message in caplog.messages)
     with pytest.raises(PromptError, match="the embedding of prompt 1 is not finite"):
         llm.embed(PROMPTS)
+
+
+def test_an_answer_that_ends_early_gets_no_token_of_a_step_in_flight(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = StepPipeline._complete
+
+    def spoiled(self: StepPipeline, step: StepInFlight, results: list[StepResult]) -> Progress:
+        for part, result in zip(step.parts, results, strict=True):
+            if part.order.has_decodes and len(part.sampled[0].text.token_ids) == 4:
+                result.not_finite.append(0)
+        return complete(self, step, results)
+
+    monkeypatch.setattr(StepPipeline, "_complete", spoiled)
+    params = SamplingParams(n=2, max_tokens=12, temperature=1.0, seed=1, ignore_eos=True)
+    first, second = llm.generate([PROMPTS[BAD]], params)[0].outputs
+    assert first.finish_reason == "abort" and len(first.token_ids) == 4
+    assert second.finish_reason == "length" and len(second.token_ids) == 12
 
 
 @pytest.mark.parametrize("as_json", [False, True])
