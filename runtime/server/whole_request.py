@@ -38,8 +38,7 @@ def read_whole(data: bytes, first_lines: Mapping[bytes, str]) -> WholeRequest | 
     fields = dict(headers)
     if len(fields) < len(headers) or not FRAMING.isdisjoint(fields) or b"host" not in fields:
         return None
-    length = fields.get(b"content-length", b"")
-    if not length.isdigit() or int(length) != len(body):
+    if fields.get(b"content-length") != b"%d" % len(body):
         return None
     if fields.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None

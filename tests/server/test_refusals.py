@@ -56,6 +56,7 @@ def test_a_common_request_is_read() -> None:
         request("A: b\rc: d"),
         request("no colon"),
         request().replace(LENGTH, LENGTH.replace(b" ", b" +")),
+        request().replace(LENGTH, b"Content-Length: " + b"9" * 5000),
         request().replace(LENGTH + b"\r\n", b""),
         request().replace(b"Host: a\r\n", b""),
     ],
