@@ -65,10 +65,14 @@ def compensated(weight: Tensor, hessian: Hessian, rounding: Rounding, name: str)
 
 
 def output_error(weight: Tensor, codes: Codes, hessian: Hessian) -> float:
-    """The sum of squared differences of the outputs `w x` over the calibration inputs, relative to their squares."""
+    """The sum of squared differences of the outputs `w x` over the calibration inputs, relative to their squares.
+
+    0 if all outputs are 0, such as those of an expert that no token has reached.
+    """
     weight = weight.float()
     error = codes.values - weight
-    return float(((error @ hessian.sum) * error).sum() / ((weight @ hessian.sum) * weight).sum())
+    squares = float(((weight @ hessian.sum) * weight).sum())
+    return float(((error @ hessian.sum) * error).sum()) / squares if squares > 0 else 0.0
 
 
 def _group(weight: Tensor, first: int, grid: Grid, rounding: Rounding) -> tuple[Tensor, Tensor | None]:

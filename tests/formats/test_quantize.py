@@ -109,6 +109,14 @@ def test_errors_are_compensated_as_by_the_definition() -> None:
     assert output_error(weight, found, hessian) < 0.8 * output_error(weight, rounding.nearest(weight), hessian)
 
 
+def test_an_expert_without_calibration_inputs_has_no_error() -> None:
+    weight, hessian = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), Hessian(32)
+    rounding = Rounding(scheme("int4-g16"), torch.float32)
+    found = compensated(weight, hessian, rounding, "w")
+    assert torch.equal(found.codes, rounding.nearest(weight).codes)
+    assert output_error(weight, found, hessian) == 0
+
+
 TINY = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 
 
