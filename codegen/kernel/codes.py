@@ -105,7 +105,10 @@ class _Splitter:
                     raise _NotCodes
                 return replace(parts, zeros=self.at_groups(b))
             case Binary(op="-", kind="float", a=a, b=b) if self.is_coarse(b):
-                return replace(self.split(a), minima=self.factors(b))
+                parts = self.split(a)
+                if parts.minima:
+                    raise _NotCodes
+                return replace(parts, minima=self.factors(b))
             case Bits(width=width):
                 return _Parts(value, width)
             case Binary(kind="int"):
