@@ -166,7 +166,11 @@ class QueuedTransport(ABC):
 
     @abstractmethod
     def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
-        """Writes the layers to a rank of the target; returns their digest when they are there. Raises OSError."""
+        """Writes the layers to a rank of the target; returns their digest. Raises OSError."""
+
+    def _sent(self, key: PieceKey, digests: dict[int, int]) -> None:
+        """Reports a piece when its layers are there; by default they are when `_send` returns."""
+        self._report("pushed", key, digests=digests)
 
     def _layers_at_once(self, handle: Handle, route: Route) -> int:
         """How many layers `_send` is given together, unless each has to be computed first."""
@@ -213,7 +217,7 @@ class QueuedTransport(ABC):
         except Exception as error:
             self._report("failed", handle.key, reason=f"{type(error).__name__}: {error}")
             return
-        self._report("pushed", handle.key, digests=digests)
+        self._sent(handle.key, digests)
 
     def _computed_layers(self, handle: Handle, route: Route, gate: LayerGate | None) -> LayerGroups:
         """The layers of a route, each when it may be sent. Raises Stopped. Renews the lease."""

@@ -41,7 +41,7 @@ class Layers(msgspec.Struct, tag="layers", frozen=True):
 
 
 class End(msgspec.Struct, tag="end", frozen=True):
-    """The piece is complete; the other side answers with a `Reply`."""
+    """The piece is complete; the other side answers with a `Reply`, in the order of the pieces."""
 
 
 class Reply(msgspec.Struct, tag="reply", frozen=True):

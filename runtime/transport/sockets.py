@@ -13,6 +13,7 @@ from contextlib import suppress
 from itertools import islice
 
 LOG = logging.getLogger("sagellm")
+DISCARDED_BYTES = 2**17
 MAX_PARTS = os.sysconf("SC_IOV_MAX")
 MAX_CONNECTIONS = 256
 """Connections of a listener at the same time, with those that have not proved yet that they have the key."""
@@ -84,10 +85,10 @@ def is_idle(stream: socket.socket) -> bool:
     return False
 
 
-def shut(stream: socket.socket) -> None:
-    """Ends all waits for the socket, in any thread."""
+def shut(stream: socket.socket, how: int = socket.SHUT_RDWR) -> None:
+    """Ends all waits for the socket, in any thread, or those in one direction."""
     with suppress(OSError):
-        stream.shutdown(socket.SHUT_RDWR)
+        stream.shutdown(how)
 
 
 def send_parts(stream: socket.socket, parts: Sequence[memoryview]) -> None:
@@ -105,6 +106,14 @@ def receive_into(stream: socket.socket, *buffers: memoryview) -> None:
         if not received:
             raise ConnectionResetError(errno.ECONNRESET, "the other end has closed the connection")
         _drop(left, received)
+
+
+def discard(stream: socket.socket, num_bytes: int) -> None:
+    """Receives bytes that are not used. Raises OSError, also at the end of the stream."""
+    unused = memoryview(bytearray(min(num_bytes, DISCARDED_BYTES)))
+    while num_bytes:
+        receive_into(stream, unused[: min(num_bytes, DISCARDED_BYTES)])
+        num_bytes -= min(num_bytes, DISCARDED_BYTES)
 
 
 def _drop(parts: deque[memoryview], num_bytes: int) -> None:

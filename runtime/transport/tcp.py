@@ -10,14 +10,15 @@ import os
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
 
-from sageLLM.runtime.transport.base import LayerGroups, Place, QueuedTransport
-from sageLLM.runtime.transport.channel import AuthenticationError, answer_challenge, challenge
+from sageLLM.runtime.transport.base import LayerGate, LayerGroups, Place, QueuedTransport
+from sageLLM.runtime.transport.channel import AuthenticationError, challenge
 from sageLLM.runtime.transport.frames import (
     Begin,
     End,
@@ -29,13 +30,14 @@ from sageLLM.runtime.transport.frames import (
 )
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
 from sageLLM.runtime.transport.jobs import BACKGROUND, yield_to_others
+from sageLLM.runtime.transport.link import SECONDS, Answers, Link
 from sageLLM.runtime.transport.rows import Rows, Span
 from sageLLM.runtime.transport.shards import Route
-from sageLLM.runtime.transport.sockets import Connections, is_idle, limit_waits, shut
+from sageLLM.runtime.transport.sockets import Connections, discard, limit_waits, shut
 
-SECONDS = 60.0
-"""A connection without progress for so long is closed."""
 LOOPBACK = "127.0.0.1"
+STALL_SECONDS = 1.0
+"""The time for the rest of a frame of a cancelled piece, after which its connection is closed."""
 FRAME_BYTES = 2**21
 """Layers that wait for no step share a frame of up to so many bytes. Between two frames a piece renews its lease."""
 MAX_DIGESTS = 4096
@@ -46,8 +48,10 @@ class TcpTransport(QueuedTransport):
     """Sends pieces to the addresses "HOST:PORT" of the target's ranks, and receives those for this rank."""
 
     def __init__(self, place: Place, host: str = LOOPBACK, nice: int = BACKGROUND) -> None:
-        self._streams: dict[str, socket.socket] = {}
-        self._sending: tuple[PieceKey, socket.socket] | None = None
+        self._links: dict[str, Link] = {}
+        self._sending: tuple[PieceKey, Link] | None = None
+        self._answers = Answers(lambda reason: None)
+        self._digests: dict[int, int] = {}
         self._receiver = Receiver(self, place, host, nice)
         super().__init__(place, nice)
 
@@ -58,33 +62,47 @@ class TcpTransport(QueuedTransport):
 
     def close(self) -> None:
         self._receiver.close()
-        if self._sending is not None:
-            shut(self._sending[1])
+        if (sending := self._sending) is not None:
+            sending[1].stop()
         super().close()
-        for stream in self._streams.values():
-            stream.close()
+        for link in self._links.values():
+            link.close()
+
+    def _push(self, handle: Handle, signed: SignedHandle, address: Sequence[str], gate: LayerGate | None) -> None:
+        self._digests = {}
+        self._answers = Answers(partial(self._answered, handle.key, self._digests))
+        super()._push(handle, signed, address, gate)
 
     def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
-        stream = self._connect(address)
-        self._sending = handle.key, stream
+        link = self._link(address)
+        self._sending = handle.key, link
         digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
         try:
-            send_header(stream, Begin(signed, self._place.rank))
+            link.expect(self._answers)
+            send_header(link.stream, Begin(signed, self._place.rank))
             for some in layers:
                 rows = [one for layer in some for one in self.pool.rows(layer, span, route.heads)]
-                send_header(stream, Layers(some[0], len(some)), sum(one.num_bytes for one in rows))
-                digest = self.copier.send(stream, rows, digest)
-            send_header(stream, End())
-            reply, _ = receive_header(stream)
+                send_header(link.stream, Layers(some[0], len(some)), sum(one.num_bytes for one in rows))
+                digest = self.copier.send(link.stream, rows, digest)
+            send_header(link.stream, End())
         except BaseException:
-            stream.close()  # the receiver must not take what follows for the rest of this piece
-            del self._streams[address]
+            link.drop()  # the receiver must not take what follows for the rest of this piece
             raise
         finally:
             self._sending = None
-        if not isinstance(reply, Reply) or reply.reason is not None:
-            raise OSError(reply.reason if isinstance(reply, Reply) else "unexpected answer")
         return digest
+
+    def _sent(self, key: PieceKey, digests: dict[int, int]) -> None:
+        self._digests.update(digests)
+        self._answers.take()
+
+    def _answered(self, key: PieceKey, digests: dict[int, int], reason: str | None) -> None:
+        if self.is_cancelled(key):
+            return  # `cancel` reports it
+        if reason is None:
+            self._report("pushed", key, digests=digests)
+        else:
+            self._report("failed", key, reason=reason)
 
     def _layers_at_once(self, handle: Handle, route: Route) -> int:
         span = self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
@@ -94,30 +112,19 @@ class TcpTransport(QueuedTransport):
     def _digest_of(self, route: Route, handle: Handle) -> int | None:
         return self._receiver.take_digest(handle.key, route.source)
 
-    def _connect(self, address: str) -> socket.socket:
-        for other, found in list(self._streams.items()):
-            if not is_idle(found):  # its receiver is gone, or has closed it, as it was idle for long
-                found.close()
-                del self._streams[other]
-        if (stream := self._streams.get(address)) is not None:
-            return stream
-        host, _, port = address.rpartition(":")
-        stream = socket.create_connection((host, int(port)), timeout=SECONDS)
-        limit_waits(stream, SECONDS)
-        try:
-            with Connection(os.dup(stream.fileno())) as connection:
-                answer_challenge(connection, self._place.key)
-        except BaseException:
-            stream.close()
-            raise
-        self._streams[address] = stream
-        return stream
+    def _link(self, address: str) -> Link:
+        link = self._links.get(address)
+        if link is not None and link.is_open:
+            return link
+        for ended in [one for one, other in self._links.items() if not other.is_open]:
+            self._links.pop(ended).drop()
+        self._links[address] = link = Link(address, self._place.key)
+        return link
 
     def _interrupt(self, key: PieceKey) -> None:
         sending = self._sending
         if sending is not None and sending[0] == key:
-            shut(sending[1])
-        self._receiver.interrupt(key)
+            sending[1].stop()
 
     def _settle(self, key: PieceKey) -> None:
         self._receiver.settle(key)
@@ -143,17 +150,17 @@ class Receiver:
     def close(self) -> None:
         self._connections.close()
 
-    def interrupt(self, key: PieceKey) -> None:
-        """Closes the connections that write a cancelled piece."""
-        with self._changed:
-            for found, stream in self._writers:
-                if found == key:
-                    shut(stream)
-
     def settle(self, key: PieceKey) -> None:
-        """Waits until nothing writes an interrupted piece."""
+        """Waits until nothing writes a cancelled piece; closes connections whose other end does not go on with it."""
         with self._changed:
-            self._changed.wait_for(lambda: all(found != key for found, _ in self._writers))
+            if self._changed.wait_for(lambda: not self._writers_of(key), STALL_SECONDS):
+                return
+            for stream in self._writers_of(key):
+                shut(stream)
+            self._changed.wait_for(lambda: not self._writers_of(key))
+
+    def _writers_of(self, key: PieceKey) -> list[socket.socket]:
+        return [stream for found, stream in self._writers if found == key]
 
     def take_digest(self, key: PieceKey, source_rank: int) -> int | None:
         """The digest of what a rank has sent of a piece, once; None if that is not complete."""
@@ -167,17 +174,19 @@ class Receiver:
                 self._digests.popitem(last=False)
 
     @contextmanager
-    def _writing(self, key: PieceKey, stream: socket.socket) -> Iterator[None]:
+    def _writing(self, key: PieceKey, stream: socket.socket) -> Iterator[bool]:
+        """Whether the next layers may be written, which is awaited by `settle` then."""
         with self._changed:
-            if self._transport.is_cancelled(key):
-                raise FrameError("the piece was cancelled")
-            self._writers.append((key, stream))
+            is_wanted = not self._transport.is_cancelled(key)
+            if is_wanted:
+                self._writers.append((key, stream))
         try:
-            yield
+            yield is_wanted
         finally:
-            with self._changed:
-                self._writers.remove((key, stream))
-                self._changed.notify_all()
+            if is_wanted:
+                with self._changed:
+                    self._writers.remove((key, stream))
+                    self._changed.notify_all()
 
     @torch.inference_mode()
     def _serve(self, stream: socket.socket) -> None:
@@ -198,16 +207,24 @@ class Receiver:
         handle = self._accepted(begin.handle)
         route = self._route(handle, begin.source_rank)
         span = self._transport.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
-        digest, left = 0, route.layers
-        with self._writing(handle.key, stream):
-            while left:
-                some, rows = self._next_layers(stream, left, span, route)
-                digest = self._transport.copier.receive(stream, rows, digest)
-                left = left[some:]
-            end, _ = receive_header(stream)
-            if not isinstance(end, End):
-                raise FrameError("expected the end of the piece")
-            self._keep_digest(handle.key, begin.source_rank, digest)
+        digest: int | None = 0
+        left = route.layers
+        while left:
+            some, rows = self._next_layers(stream, left, span, route)
+            with self._writing(handle.key, stream) as is_wanted:
+                if is_wanted and digest is not None:
+                    digest = self._transport.copier.receive(stream, rows, digest)
+                else:  # what comes after a cancelled piece is received
+                    digest = None
+                    discard(stream, sum(one.num_bytes for one in rows))
+            left = left[some:]
+        end, _ = receive_header(stream)
+        if not isinstance(end, End):
+            raise FrameError("expected the end of the piece")
+        if digest is None:
+            send_header(stream, Reply("the piece was cancelled"))
+            return
+        self._keep_digest(handle.key, begin.source_rank, digest)
         send_header(stream, Reply())
 
     def _accepted(self, signed: SignedHandle) -> Handle:

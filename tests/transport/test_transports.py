@@ -17,7 +17,9 @@ import torch
 
 from sageLLM.runtime.transport import tcp
 from sageLLM.runtime.transport.base import KVTransport, Place, Report
-from sageLLM.runtime.transport.channel import answer_challenge
+from sageLLM.runtime.transport.channel import answer_challenge, challenge
+from sageLLM.runtime.transport.frames import End as PieceEnd
+from sageLLM.runtime.transport.frames import Reply, receive_header, send_header
 from sageLLM.runtime.transport.handle import End, Handle, SignedHandle, sign
 from sageLLM.runtime.transport.memory import MemoryTransport
 from sageLLM.runtime.transport.nixl import NixlTransport, has_nixl
@@ -31,6 +33,7 @@ from sageLLM.runtime.transport.shards import (
     part_of,
     routes_between,
 )
+from sageLLM.runtime.transport.sockets import discard
 from sageLLM.runtime.transport.tcp import TcpTransport
 
 KEY = b"k" * 32
@@ -349,6 +352,50 @@ def test_a_cancelled_piece_stops_between_two_layers(make_group: MakeGroup) -> No
     after = [cache.clone() for cache in group.pools[1][0].keys]
     assert [report.kind for report in group.push(sign(group.handle(0, 8, attempt=1), KEY))] == ["pushed"]
     assert not torch.equal(after[0], group.pools[1][0].keys[0])
+
+
+def test_pieces_are_sent_before_earlier_ones_are_answered() -> None:
+    group = Group("tcp")
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = "{}:{}".format(*listener.getsockname())
+            for attempt in range(3):
+                group.ends[0][0].push(sign(group.handle(0, 8, attempt), KEY), [address])
+            stream, _ = listener.accept()
+        with stream:
+            stream.settimeout(SECONDS)
+            with Connection(os.dup(stream.fileno())) as connection:
+                challenge(connection, KEY)
+            num_ends = 0
+            while num_ends < 3:  # nothing has been answered
+                header, num_bytes = receive_header(stream)
+                discard(stream, num_bytes)
+                num_ends += isinstance(header, PieceEnd)
+            assert group.ends[0][0].poll(0.0) == []
+            send_header(stream, Reply())
+            send_header(stream, Reply("no"))
+            reports = [one for _ in range(2) for one in reports_of(group.ends[0][0])]
+        reports += reports_of(group.ends[0][0])
+        assert [(one.kind, one.key.attempt) for one in reports] == [("pushed", 0), ("failed", 1), ("failed", 2)]
+    finally:
+        group.close()
+
+
+def test_pieces_after_a_cancelled_one_arrive() -> None:
+    group = Group("tcp")
+    try:
+        cancelled, kept = group.handle(0, 8), group.handle(0, 8, attempt=1)
+        before = [cache.clone() for cache in group.pools[1][0].keys]
+        group.ends[1][0].cancel(cancelled.key)
+        assert [one.kind for one in reports_of(group.ends[1][0])] == ["stopped"]
+        (report,) = group.push(sign(cancelled, KEY))
+        assert (report.kind, report.reason) == ("failed", "the piece was cancelled")
+        assert all(torch.equal(*pair) for pair in zip(before, group.pools[1][0].keys, strict=True))
+        pushed = group.push(sign(kept, KEY))
+        assert [one.kind for one in group.check(kept, pushed)] == ["received"]
+        assert torch.equal(group.tokens(0, kept), group.tokens(1, kept))
+    finally:
+        group.close()
 
 
 def test_a_peer_that_is_gone_fails_the_piece_alone() -> None:

@@ -1,0 +1,112 @@
+"""Connections to the ranks of a target: pieces are sent without waiting for the answers to those before them.
+
+The receiver has a low priority, so on a busy machine each of its answers takes a while; one at a time would limit the
+number of pieces in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from sageLLM.runtime.transport.channel import answer_challenge
+from sageLLM.runtime.transport.frames import FrameError, Reply, receive_header
+from sageLLM.runtime.transport.sockets import is_idle, limit_waits, shut
+
+SECONDS = 60.0
+"""A connection without progress for so long is closed."""
+
+
+class Answers:
+    """The answers of a target's ranks to the parts of a piece.
+
+    `on_end` gets the reason of the first failure, or None, when all parts have been sent and all answers are there.
+    """
+
+    def __init__(self, on_end: Callable[[str | None], None]) -> None:
+        self._on_end, self._lock = on_end, threading.Lock()
+        self._num_missing = 1  # the sender
+        self._reason: str | None = None
+
+    def expect(self) -> None:
+        """One more part is about to be sent."""
+        with self._lock:
+            self._num_missing += 1
+
+    def take(self, reason: str | None = None) -> None:
+        """An answer to a part has arrived, or the sender has sent all of them."""
+        with self._lock:
+            self._reason = self._reason or reason
+            self._num_missing -= 1
+            is_last = not self._num_missing
+        if is_last:
+            self._on_end(self._reason)
+
+
+class Link:
+    """A connection to one rank. A thread takes the answers, in the order of the pieces."""
+
+    def __init__(self, address: str, key: bytes) -> None:
+        """Raises OSError, and AuthenticationError if the other end does not have the key."""
+        host, _, port = address.rpartition(":")
+        self.stream = socket.create_connection((host, int(port)), timeout=SECONDS)
+        try:
+            limit_waits(self.stream, SECONDS)
+            with Connection(os.dup(self.stream.fileno())) as connection:
+                answer_challenge(connection, key)
+        except BaseException:
+            self.stream.close()
+            raise
+        self._lock, self._is_open = threading.Lock(), True
+        self._unanswered: deque[Answers] = deque()
+        self._incoming = self.stream.dup()  # each thread closes its own descriptor
+        threading.Thread(target=self._run, name="sagellm-kv-answers", daemon=True).start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether pieces can be sent: the receiver has not gone, nor closed the connection as it was idle for long."""
+        return self._is_open and (bool(self._unanswered) or is_idle(self.stream))
+
+    def expect(self, answers: Answers) -> None:
+        """The next piece is about to be sent. Raises OSError after the end of the connection."""
+        with self._lock:
+            if not self._is_open:
+                raise ConnectionResetError("the other end has closed the connection")
+            answers.expect()
+            self._unanswered.append(answers)
+
+    def stop(self) -> None:
+        """Ends the sending, also one that waits. The receiver drops an incomplete piece, and answers those before."""
+        with self._lock:
+            self._is_open = False
+        shut(self.stream, socket.SHUT_WR)
+
+    def drop(self) -> None:
+        """As `stop`, in the thread that sends, which does not use the link again."""
+        self.stop()
+        self.stream.close()
+
+    def close(self) -> None:
+        """Ends the connection; pieces without an answer have failed."""
+        shut(self.stream)
+        self.stream.close()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                reply, _ = receive_header(self._incoming)
+                if not isinstance(reply, Reply) or not self._unanswered:
+                    raise FrameError("unexpected answer")
+                self._unanswered.popleft().take(reply.reason)
+        except (FrameError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._is_open = False
+        shut(self._incoming)
+        while self._unanswered:
+            self._unanswered.popleft().take(reason)
+        self._incoming.close()
