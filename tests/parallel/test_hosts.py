@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sageLLM import LLM
 from sageLLM.runtime.engine.arguments import choose_node
 from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.transport.channel import connect, interface_of, read_key
@@ -21,7 +25,7 @@ from sageLLM.runtime.worker import node as node_module
 from sageLLM.runtime.worker.cluster import Cluster
 from sageLLM.runtime.worker.node import Node, serve_node
 
-from .test_processes import PARAMS, PROMPTS, after_tokens, assert_ended, assert_same, load, process_ids
+from .test_processes import MODEL, PARAMS, PROMPTS, after_tokens, assert_ended, assert_same, load, process_ids
 
 KEY = "a key for the tests of hosts"
 
@@ -39,10 +43,11 @@ def port() -> int:
 
 
 @pytest.fixture
-def worker(port: int) -> Iterator[subprocess.Popen[bytes]]:
+def worker(port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The second host, in the folder `tmp_path`."""
     options = ["--nnodes", "2", "--node-rank", "1", "--master-port", str(port)]
     command = [sys.executable, "-m", "sageLLM.runtime.cli.entry", "worker", *options]
-    with subprocess.Popen(command, env={**os.environ, "SAGELLM_KEY": KEY}) as process:
+    with subprocess.Popen(command, env={**os.environ, "SAGELLM_KEY": KEY}, cwd=tmp_path) as process:
         yield process
         process.kill()
 
@@ -69,6 +74,23 @@ def test_stages_on_two_hosts(port: int, worker: subprocess.Popen[bytes]) -> None
     llm.close()
     assert worker.wait(20) == 0
     assert_ended([*started, *own, remote])
+
+
+def test_hosts_with_different_checkpoints(
+    port: int, worker: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is another checkpoint on the other host; its config differs in a number that shapes hide."""
+    shutil.copytree(MODEL, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-3}))
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "model").symlink_to(MODEL)
+    monkeypatch.chdir(tmp_path / "engine")
+    message = r"rank 1 on node 1 \(127.0.0.1\) differs from rank 0: config.json: \w+ and \w+; all ranks must agree"
+    with pytest.raises(EngineError, match=message):
+        LLM("model", tensor_parallel_size=2, nnodes=2, master_port=port)
+    assert worker.wait(20) == 0
+    assert_free(port)
 
 
 def in_thread(errors: list[BaseException], node: Node) -> threading.Thread:
@@ -125,6 +147,25 @@ def test_hosts_that_are_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> N
     cluster.close()
     thread.join(10)
     assert not errors and not thread.is_alive()
+
+
+def test_a_second_engine_and_a_second_host_with_the_same_key(port: int) -> None:
+    errors: list[BaseException] = []
+    found: list[Cluster] = []
+    engine = threading.Thread(target=lambda: found.append(Cluster(Node(3, 0, "127.0.0.1", port), 3, seconds=60)))
+    engine.start()
+    threads = [in_thread(errors, Node(3, 1, "127.0.0.1", port)) for _ in range(2)]
+    while not errors:  # either of the two is refused
+        time.sleep(0.01)
+    assert "node 1 is connected already, from 127.0.0.1" in str(errors.pop())
+    with pytest.raises(SageError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        Cluster(Node(3, 0, "127.0.0.1", port), 3, seconds=60)
+    threads.append(in_thread(errors, Node(3, 2, "127.0.0.1", port)))
+    engine.join(60)
+    found[0].close()
+    for thread in threads:
+        thread.join(10)
+    assert not errors and not any(thread.is_alive() for thread in threads)
 
 
 def test_a_port_in_use(port: int) -> None:

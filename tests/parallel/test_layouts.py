@@ -1,4 +1,4 @@
-"""Ranks against one process, for layouts with experts, latent attention, ALiBi and windows; see layouts.py for all.
+"""Ranks against one process, for one layout of each kind, in one mode; layouts.py compares all in all modes.
 
 Collectives also run next to computation, of the same block and of another micro-batch.
 """
@@ -12,6 +12,10 @@ CHOSEN = {
     "deepseek_v2": ("strict", ["2x1"]),
     "gemma3": ("hybrid", ["1x2"]),
     "granite": ("hybrid", ["2x1"]),  # with a factor on the logits
+    "gemma2": ("time_share", ["2x1"]),  # with caps of scores and logits
+    "falcon 7b: one key head": ("hybrid", ["2x1"]),  # of which each rank has a copy
+    "gpt2": ("strict", ["1x2"]),  # with learned positions and a tied head
+    "qwen3_moe, every second layer sparse, window": ("strict", ["1x2"]),
 }
 
 
