@@ -35,6 +35,9 @@ def _findings(
     for key, product in one.keys.items():
         if product is not None and not _PRODUCT.match(product):
             yield ("keys", key), f"expected a key of the metadata or a product, got '{product}'", "write a * b / c"
+    for key, source in one.copies.items():
+        if not re.fullmatch(_KEY, key) or not re.fullmatch(_KEY, source):
+            yield ("copies", key), f"expected two keys of the metadata, got '{key}: {source}'", "write a.b: c.d"
     for key in one.optional:
         if key not in {**defaults.keys, **one.keys}:
             yield ("optional",), f"'{key}' is not one of `keys`", "remove it, or add the key"

@@ -55,12 +55,16 @@ class ArchitectureSpec(Strict):
     """An architecture of GGUF files: its config and its tensors, as Hugging Face checkpoints have them."""
 
     hf: str = Field(default="", description="the class in `architectures` of config.json")
+    model_type: str = Field(default="", description="`model_type` of config.json, by default the architecture's name")
     keys: dict[str, str | None] = Field(
         default={},
         description="keys of config.json, and those of the metadata after the name of the architecture, or a product "
         "`a * b / c` of them; null removes one of the defaults",
     )
     optional: list[str] = Field(default=[], description="those of `keys` that may be absent")
+    copies: dict[str, str] = Field(
+        default={}, description="keys of the metadata that are written with the value of another, unless they have one"
+    )
     constants: dict[str, Setting | float] = Field(default={}, description="further keys of config.json")
     present: dict[str, str] = Field(default={}, description="keys that are true if the file has the tensor")
     names: dict[str, str | None] = Field(

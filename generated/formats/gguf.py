@@ -28,6 +28,7 @@ GGUF = QuantMethod(
             "max_position_embeddings": "context_length",
         },
         optional=("num_key_value_heads", "head_dim"),
+        copies={"attention.value_length": "attention.key_length", "rope.dimension_count": "attention.key_length"},
         names={
             "token_embd": "model.embed_tokens",
             "output_norm": "model.norm",
@@ -62,6 +63,7 @@ GGUF = QuantMethod(
         ),
         "qwen2moe": Architecture(
             hf="Qwen2MoeForCausalLM",
+            model_type="qwen2_moe",
             keys={
                 "moe_intermediate_size": "expert_feed_forward_length",
                 "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
@@ -82,6 +84,7 @@ GGUF = QuantMethod(
         ),
         "qwen3moe": Architecture(
             hf="Qwen3MoeForCausalLM",
+            model_type="qwen3_moe",
             keys={
                 "moe_intermediate_size": "expert_feed_forward_length",
                 "num_experts": "expert_count",
@@ -111,6 +114,7 @@ GGUF = QuantMethod(
         ),
         "gemma3": Architecture(
             hf="Gemma3ForCausalLM",
+            model_type="gemma3_text",
             keys={"query_pre_attn_scalar": "attention.key_length", "sliding_window": "attention.sliding_window"},
             constants={"rope_local_base_freq": 10000.0},
             names={

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sageLLM.runtime.cli.convert import convert as write_converted
 from sageLLM.runtime.cli.quantize import Method, QuantizeRequest
 from sageLLM.runtime.cli.quantize import quantize as write_quantized
 
@@ -31,3 +32,15 @@ def quantize(
     """Write a copy of a checkpoint with linear weights in 8 or 4 bits, which transformers and vLLM load too."""
     request = QuantizeRequest(model, out, format, method, calibration, num_samples, sample_len, include_head)
     raise typer.Exit(write_quantized(request))
+
+
+def convert(
+    model: Annotated[Path, typer.Argument(help="A checkpoint folder, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="The new folder, or the new file if it ends with .gguf.")],
+    format: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16; also q8_0, q4_0, ... in a GGUF file; another lists all."),
+    ] = None,
+) -> None:
+    """Write a checkpoint folder as a GGUF file, or a GGUF file or quantised folder as a folder with float weights."""
+    raise typer.Exit(write_converted(model, out, format))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from sageLLM.runtime.cli.bench_commands import bench_app
-from sageLLM.runtime.cli.checkpoint_commands import quantize
+from sageLLM.runtime.cli.checkpoint_commands import convert, quantize
 from sageLLM.runtime.cli.deploy_commands import deploy, plan
 from sageLLM.runtime.cli.dynamo_command import dynamo_worker
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
@@ -23,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(bench_app, name="bench")
 app.command()(worker)
 app.command()(quantize)
+app.command()(convert)
 app.command()(deploy)
 app.command()(plan)
 app.command()(dynamo_worker)

@@ -51,7 +51,8 @@ def architecture_of(header: GgufHeader) -> Architecture:
 def config_of(header: GgufHeader, factors: Sequence[float] | None, dtype: str) -> dict[str, Any]:
     """A config.json with the sizes and the rotation of the metadata; `factors` are the values of ROPE_FACTORS."""
     architecture = architecture_of(header)
-    config: dict[str, Any] = {"architectures": [architecture.hf], "dtype": dtype}
+    kind = architecture.model_type or header.metadata["general.architecture"]
+    config: dict[str, Any] = {"architectures": [architecture.hf], "model_type": kind, "dtype": dtype}
     for key, product in architecture.keys.items():
         if (
             product is not None
@@ -129,13 +130,13 @@ def _llama3(header: GgufHeader, theta: float, factors: Sequence[float]) -> dict[
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = list(_llama3_factors(theta, factor, len(factors)))
+    expected = list(llama3_factors(theta, factor, len(factors)))
     if not all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(factors, expected, strict=True)):
         raise CheckpointError(f"{header.path}: the tensor '{ROPE_FACTORS}' must have the factors of Llama 3")
     return section
 
 
-def _llama3_factors(theta: float, factor: float, count: int) -> Iterator[float]:
+def llama3_factors(theta: float, factor: float, count: int) -> Iterator[float]:
     """1 for short wave lengths, `factor` for long ones, and between them a smooth transition."""
     longest, shortest = 8192 / 1.0, 8192 / 4.0
     for i in range(count):
@@ -175,4 +176,22 @@ def name_of(stored: str, architecture: Architecture) -> TensorName | None:
         return TensorName(f"{prefix}{name}.{end}", stem)
     if prefix and stem in architecture.experts:
         return TensorName(f"{prefix}{architecture.experts[stem]}.{end}", stem)
+    return None
+
+
+def stored_name(name: str, architecture: Architecture) -> tuple[str, int | None] | None:
+    """The name in files of a tensor of a checkpoint, and its expert in a stack of them; None for an unknown one."""
+    stem, _, end = name.rpartition(".")
+    block = ""
+    if stem.startswith(PREFIX):
+        layer, _, stem = stem.removeprefix(PREFIX).partition(".")
+        block = f"blk.{layer}."
+    for stored, own in architecture.names.items():
+        if own == stem:
+            return f"{block}{stored}.{end}", None
+    for stored, own in architecture.experts.items() if block else ():
+        head, _, tail = own.partition("{e}")
+        expert = stem.removeprefix(head).removesuffix(tail)
+        if expert.isdecimal() and stem == f"{head}{expert}{tail}":
+            return f"{block}{stored}.{end}", int(expert)
     return None

@@ -12,14 +12,14 @@ from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.kernels.cpu.cache import cache_folder
 from sageLLM.runtime.loader.gguf_architectures import ROPE_FACTORS, config_of
 from sageLLM.runtime.loader.gguf_reader import GgufHeader, read_gguf_header
-from sageLLM.runtime.loader.gguf_tokenizer import tokenizer_of
+from sageLLM.runtime.loader.gguf_tokenizer import huggingface_tokenizer, tokenizer_of
 
 WEIGHTS = "model.gguf"
 SUFFIX = ".gguf"
-VERSION = b"1"
+VERSION = b"2"
 """Changes with the content of the folder."""
 NO_VOCABULARY = "none"
-"""The kind of tokenizer of a file without one; its requests are token ids."""
+"""The kind of tokenizer of a file without one, or with one that only Hugging Face's format has."""
 _F32, _F16 = 0, 1
 
 
@@ -65,7 +65,7 @@ def _files(header: GgufHeader) -> dict[str, Any]:
         "generation_config.json": generation if generation["eos_token_id"] else {},
     }
     if header.metadata.get("tokenizer.ggml.model") == NO_VOCABULARY:
-        return files
+        return files | huggingface_tokenizer(header)
     tokenizer, settings = tokenizer_of(header)
     return {**files, "tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 

@@ -1,5 +1,6 @@
 """The tokenizer in the metadata of a GGUF file, as the files tokenizer.json and tokenizer_config.json."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import TokenizerError
 from sageLLM.runtime.loader.gguf_reader import GgufHeader
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
+"""The values of `tokenizer.ggml.token_type`."""
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -18,7 +20,9 @@ SPLITS: Mapping[str, str | None] = {
     "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2,
 }  # fmt: skip
 """Patterns by which texts are split before merges, by `tokenizer.ggml.pre`; None is that of GPT-2."""
-_ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+HUGGINGFACE = "tokenizer.huggingface.json"
+"""The key with a whole tokenizer.json as text, for kinds that the other keys cannot describe."""
+ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
           "pad_token": "padding_token_id"}  # fmt: skip
 
 
@@ -32,7 +36,7 @@ def tokenizer_of(header: GgufHeader) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(f"{header.path}: 'tokenizer.ggml.model' must be gpt2 or llama, got {shown(kind)}")
     tokens = _texts(header, "tokens")
-    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise TokenizerError(f"{header.path}: 'tokenizer.ggml.token_type' must have {len(tokens)} elements")
     special = {name: tokens[i] for name, i in _special(header, len(tokens))}
@@ -42,17 +46,36 @@ def tokenizer_of(header: GgufHeader) -> tuple[dict[str, Any], dict[str, Any]]:
     content["post_processor"] = _with_bos(content["post_processor"], special, tokens, adds_bos=bool(adds_bos))
     content["added_tokens"] = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": types[i] != _USER}
-        for i, token in enumerate(tokens) if types[i] in (_UNKNOWN, _CONTROL, _USER)
+         "special": types[i] != USER}
+        for i, token in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL, USER)
     ]  # fmt: skip
-    settings: dict[str, Any] = dict(special)
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        settings["chat_template"] = template
-    return content, settings
+    return content, special | _chat_template(header)
+
+
+def huggingface_tokenizer(header: GgufHeader) -> dict[str, Any]:
+    """tokenizer.json and its settings of a file that has the first as text; empty if it has none."""
+    text = header.metadata.get(HUGGINGFACE)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+        tokens = {i: token for token, i in content["model"]["vocab"].items()}
+        tokens |= {one["id"]: one["content"] for one in content["added_tokens"]}
+        settings = {name: tokens[i] for name, i in _special(header, len(tokens))}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, TokenizerError):
+            raise
+        raise TokenizerError(f"{header.path}: '{HUGGINGFACE}' must be the text of a tokenizer.json") from None
+    return {"tokenizer.json": content, "tokenizer_config.json": settings | _chat_template(header)}
+
+
+def _chat_template(header: GgufHeader) -> dict[str, Any]:
+    template = header.metadata.get("tokenizer.chat_template")
+    return {"chat_template": template} if isinstance(template, str) else {}
 
 
 def _special(header: GgufHeader, count: int) -> Iterator[tuple[str, int]]:
-    for name, key in _ROLES.items():
+    for name, key in ROLES.items():
         found = header.metadata.get(f"tokenizer.ggml.{key}")
         if found is None:
             continue
@@ -94,7 +117,7 @@ def _sentence_piece(
     scores = header.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise TokenizerError(f"{header.path}: 'tokenizer.ggml.scores' must have {len(tokens)} numbers")
-    pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == _NORMAL}
+    pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL}
     prepends = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizers = [{"type": "Prepend", "prepend": "\u2581"}] if prepends else []
     space = {"pattern": {"String": " "}, "content": "\u2581"}
@@ -104,7 +127,7 @@ def _sentence_piece(
         {"type": "Fuse"},
     ]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prepends else []
-    unknown = special.get("unk_token") or next((tokens[i] for i, one in enumerate(types) if one == _UNKNOWN), None)
+    unknown = special.get("unk_token") or next((tokens[i] for i, one in enumerate(types) if one == UNKNOWN), None)
     return {
         "version": "1.0",
         "normalizer": {"type": "Sequence", "normalizers": [*normalizers, {"type": "Replace", **space}]},

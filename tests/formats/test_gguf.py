@@ -38,39 +38,40 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FORMATS = {"q_proj.weight": "q8_0", "up_proj.weight": "q4_0", "k_proj.weight": "q8_0", "lm_head.weight": "q8_0"}
 
 
+FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
+    ("Llama", "llama", {"tie_word_embeddings": True}),
+    ("Llama", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    ("Qwen3", "qwen3", {"head_dim": 32}),
+    ("Qwen2", "qwen2", {}),
+    (
+        "Qwen3Moe",
+        "qwen3moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    ("Qwen2Moe", "qwen2moe", {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}),
+    ("Olmoe", "olmoe", EXPERTS),
+    ("Gemma", "gemma", {"head_dim": 32}),
+    ("Gemma2", "gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
+    ("Gemma3Text", "gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
+    ("Phi3", "phi3", {"pad_token_id": 0}),
+    ("Starcoder2", "starcoder2", {}),
+    ("Nemotron", "nemotron", {}),
+    ("StableLm", "stablelm", {"use_parallel_residual": False}),
+    ("Olmo2", "olmo2", {}),
+    ("Glm4", "glm4", {"head_dim": 32, "pad_token_id": 0}),
+    ("Granite", "granite", {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    ("SmolLM3", "smollm3", {"pad_token_id": 0}),
+    ("SeedOss", "seed_oss", {"head_dim": 32}),
+]
+"""Classes of transformers, architectures, and sizes."""
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sageLLM.runtime.loader.gguf_folder.cache_folder", lambda: tmp_path / "cache")
 
 
-@pytest.mark.parametrize(
-    ("family", "architecture", "config"),
-    [
-        ("Llama", "llama", {"tie_word_embeddings": True}),
-        ("Llama", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
-        ("Qwen3", "qwen3", {"head_dim": 32}),
-        ("Qwen2", "qwen2", {}),
-        (
-            "Qwen3Moe",
-            "qwen3moe",
-            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-        ),
-        ("Qwen2Moe", "qwen2moe", {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}),
-        ("Olmoe", "olmoe", EXPERTS),
-        ("Gemma", "gemma", {"head_dim": 32}),
-        ("Gemma2", "gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
-        ("Gemma3Text", "gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
-        ("Phi3", "phi3", {"pad_token_id": 0}),
-        ("Starcoder2", "starcoder2", {}),
-        ("Nemotron", "nemotron", {}),
-        ("StableLm", "stablelm", {"use_parallel_residual": False}),
-        ("Olmo2", "olmo2", {}),
-        ("Glm4", "glm4", {"head_dim": 32, "pad_token_id": 0}),
-        ("Granite", "granite", {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
-        ("SmolLM3", "smollm3", {"pad_token_id": 0}),
-        ("SeedOss", "seed_oss", {"head_dim": 32}),
-    ],
-)
+@pytest.mark.parametrize(("family", "architecture", "config"), FAMILIES)
 def test_the_answers_are_those_of_the_dequantised_checkpoint(
     family: str, architecture: str, config: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Constant = str | int | float | bool | None
@@ -14,10 +14,12 @@ RopeKey = Literal["rope_parameters", "rope_scaling"]
 class Architecture:
     """An architecture: names of its config and tensors in Hugging Face checkpoints, and in files.
 
-    `keys` maps keys of config.json to those of the metadata, after the name of the architecture: one key, or a product
-    `a * b / c`; None removes a key of the defaults, and those of `optional` may be absent. `constants` are more keys,
-    and `present` those that are true if the file has a tensor. `names` maps the names of tensors in files to those in
-    checkpoints, without the layer and the last part; `experts` those of stacks, with `{e}` for the expert.
+    `hf` is the class in config.json, and `model_type` its type, empty if that is the architecture's name. `keys` maps
+    keys of config.json to those of the metadata, after the name of the architecture: one key, or a product
+    `a * b / c`; None removes a key of the defaults, and those of `optional` may be absent. `copies` are keys of the
+    metadata that written files have with the value of another. `constants` are more keys of config.json, and `present`
+    those that are true if the file has a tensor. `names` maps the names of tensors in files to those in checkpoints,
+    without the layer and the last part; `experts` those of stacks, with `{e}` for the expert.
 
     With `is_permuted` the rows of q and k are in the order of rotation of adjacent components; with `adds_one` the
     weights of norms have 1 added. `rows` are vectors that checkpoints have as matrices of one row. `refused` are values
@@ -25,8 +27,10 @@ class Architecture:
     """
 
     hf: str = ""
+    model_type: str = ""
     keys: Mapping[str, str | None] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str | None] = field(default_factory=dict)
@@ -39,19 +43,13 @@ class Architecture:
 
     def with_defaults(self, defaults: Architecture) -> Architecture:
         """With the names and keys of the defaults that it does not have."""
-        return Architecture(
-            self.hf,
-            {**defaults.keys, **self.keys},
-            (*defaults.optional, *self.optional),
-            self.constants,
-            self.present,
-            {**defaults.names, **self.names},
-            {**defaults.experts, **self.experts},
-            self.rows,
-            self.is_permuted,
-            self.adds_one,
-            self.rope,
-            self.refused,
+        return replace(
+            self,
+            keys={**defaults.keys, **self.keys},
+            optional=(*defaults.optional, *self.optional),
+            copies={**defaults.copies, **self.copies},
+            names={**defaults.names, **self.names},
+            experts={**defaults.experts, **self.experts},
         )
 
 

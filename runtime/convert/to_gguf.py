@@ -1,0 +1,127 @@
+"""Writes a checkpoint as a GGUF file: floats, or blocks of codes that are rounded to the nearest value.
+
+A weight of the checkpoint is in memory as it is stored, and some of its rows as floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.convert.gguf_metadata import architecture_name, check_described, metadata_of, rope_factors
+from sageLLM.runtime.convert.gguf_tensors import Planned, Types, planned_tensors
+from sageLLM.runtime.convert.gguf_vocabulary import vocabulary_of
+from sageLLM.runtime.convert.gguf_writer import GgufEntry, GgufWriter
+from sageLLM.runtime.convert.source import Source
+from sageLLM.runtime.core.model.formats import Format, QuantMethod
+from sageLLM.runtime.core.printable import quoted
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.loader.gguf_architectures import ARCHITECTURES, METHOD, ROPE_FACTORS
+from sageLLM.runtime.loader.gguf_reader import GgufTensor
+from sageLLM.runtime.quantize.rounding import Rounding
+from sageLLM.runtime.quantize.scheme import Scheme
+from sageLLM.runtime.registry.plugins import Registry
+
+CHUNK = 2**22
+"""Elements that are converted at a time."""
+TABLE_FORMAT, TABLE_BITS = "q8_0", 8
+"""Tables of tokens have this format in files of fewer bits: errors there count in each step."""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Progress = Callable[[int, int], None]
+
+
+def gguf_formats(method: QuantMethod) -> dict[str, Format]:
+    """The formats that files can be written in, by name."""
+    return {one.name: one for one in method.formats if one.name in _DTYPES or one.written is not None}
+
+
+def write_gguf(source: Source, out: Path, form: str, registry: Registry, progress: Progress) -> int:
+    """Writes `out` with matrices in the format `form`; returns the number of tensors in it.
+
+    Vectors and routers are float32. Raises CheckpointError for a checkpoint that GGUF files cannot describe.
+    """
+    encoder = _Encoder(registry)
+    name = architecture_name(source)
+    metadata = metadata_of(source, name)
+    planned = planned_tensors(source, ARCHITECTURES[name], metadata, encoder.types(form))
+    entries = {stored: GgufEntry(one.shape, _type(one.format), one.num_bytes) for stored, one in planned.items()}
+    factors = rope_factors(source)
+    if factors is not None:
+        entries[ROPE_FACTORS] = GgufEntry((len(factors),), _type(encoder.formats["float32"]), 4 * len(factors))
+    tensors = {stored: GgufTensor(stored, one.shape, one.type, 0) for stored, one in entries.items()}
+    metadata |= vocabulary_of(source.folder, source.sizes.V)
+    check_described(source, out, metadata, tensors)
+    total = sum(entry.num_bytes for entry in entries.values())
+    done = 0
+    with GgufWriter(out, metadata, entries) as file:
+        if factors is not None:
+            file.write(ROPE_FACTORS, torch.tensor(factors).view(torch.uint8))
+        for stored, one in planned.items():
+            for start, blocks in _blocks(source, stored, one, encoder):
+                file.write(stored, blocks, start)
+                done += blocks.numel()
+                progress(done, total)
+    return sum(one.format.name == form for one in planned.values())
+
+
+def _type(format: Format) -> int:
+    return int(str(format.when["type"][0]))
+
+
+def _blocks(source: Source, stored: str, planned: Planned, encoder: _Encoder) -> Iterator[tuple[int, Tensor]]:
+    """The bytes of a tensor in chunks, each with its place."""
+    for expert, name in planned.sources.items():
+        start = (expert or 0) * planned.num_bytes // len(planned.sources)
+        weight = planned.moved(source.checkpoint.read(name))
+        rows = weight.reshape(-1, planned.shape[-1]) if len(planned.shape) > 1 else weight.reshape(1, -1)
+        step = max(1, CHUNK // max(1, rows.shape[1]))
+        for low in range(0, rows.shape[0], step):
+            values = rows[low : low + step].float()
+            blocks = encoder.blocks(planned.format, values + planned.offset if planned.offset else values)
+            if blocks is None:
+                raise CheckpointError(
+                    f"{source.folder}: {quoted(name)} has values that {planned.format.name} does not have; "
+                    "use another --format"
+                )
+            yield start, blocks
+            start += blocks.numel()
+
+
+class _Encoder:
+    """The blocks of formats."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._method = registry.methods[METHOD]
+        self._values: Mapping[str, Mapping[str, Callable[..., Any]]] = registry.format_values
+        self.formats = gguf_formats(self._method)
+
+    def types(self, form: str) -> Types:
+        """Raises CheckpointError for a format that cannot be written."""
+        if form not in self.formats:
+            raise CheckpointError(
+                f"--format of a GGUF file must be one of {', '.join(self.formats)}, got {quoted(form)}"
+            )
+        matrices = self.formats[form]
+        has_fewer_bits = matrices.written is not None and self._scheme(matrices).bits < TABLE_BITS
+        tables = self.formats[TABLE_FORMAT] if has_fewer_bits else matrices
+        by_dtype = {dtype: self.formats[name] for name, dtype in _DTYPES.items()}
+        return Types(matrices, tables, self.formats["float32"], by_dtype)
+
+    def blocks(self, format: Format, values: Tensor) -> Tensor | None:
+        """Bytes of values f32[N, K]; None if they are outside of the range of the format."""
+        if format.written is None:
+            found = values.to(_DTYPES[format.name])
+            return found.view(torch.uint8) if torch.equal(found.isfinite(), values.isfinite()) else None
+        scheme = self._scheme(format)
+        codes = Rounding(scheme, torch.float16).nearest(values)
+        if not codes.scales.isfinite().all():
+            return None
+        return scheme.stored(self._values, codes.codes, codes.scales)["blocks"]
+
+    def _scheme(self, format: Format) -> Scheme:
+        assert format.written is not None, "the format is written"
+        return Scheme(format.name, self._method, format, format.written, {})
