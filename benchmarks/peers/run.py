@@ -23,6 +23,7 @@ from typing import Any
 
 from correctness import problem_of
 from environments import default_folder, python_of
+from gguf_file import write_floats
 from load import wait_until_quiet
 from shapes import SHAPES, check_checkpoint, checkpoint
 from table import result_of, text_of
@@ -96,6 +97,8 @@ class Runner:
     def _files(self, variant: Variant, folders: Sequence[Path]) -> dict[str, Any]:
         """Writes the checkpoints in the form of the engine; an error or nothing."""
         for folder in folders:
+            if variant.engine == "llama":
+                write_floats(folder, variant.form)
             done = self._worker(variant, "native", {"task": "prepare", "folder": str(folder)})
             if "error" in done:
                 return done

@@ -74,9 +74,8 @@ def planned_tensors(
         place = stored_name(weight, architecture)
         name = name_of(place[0], architecture) if place is not None else None
         if place is None or name is None:
-            raise CheckpointError(
-                f"{source.folder}: expected a tensor of GGUF files of {metadata['general.architecture']}, got {quoted(weight)}"
-            )
+            kind = metadata["general.architecture"]
+            raise CheckpointError(f"{source.folder}: expected tensors of GGUF files of {kind}, got {quoted(weight)}")
         stored, expert = place
         info = source.checkpoint.info(weight)
         shape = info.shape[1:] if name.stem in architecture.rows else info.shape
