@@ -82,6 +82,7 @@ LAYERS = {
     "runtime/transport": runtime_layer("transport", "kernels", others="torch msgspec", lazily="nixl"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "grammar", "worker", others="torch numpy msgspec"),
     "runtime/quantize": runtime_layer(*BELOW_WORKER, "worker", "quantize", others="torch numpy"),
+    "runtime/convert": runtime_layer(*BELOW_WORKER, "text", "quantize", "convert", others="torch"),
     "runtime/worker/fingerprint.py": Layer(
         ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"), others=frozenset({"torch"})
     ),
