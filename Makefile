@@ -30,7 +30,7 @@ TEST_READY := .venv/.test-ready
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: $(TEST_READY) ## Create .venv with the dependencies of running and testing
 
@@ -227,7 +227,7 @@ bench-peers: $(TEST_READY) ## Compare with the other engines of make peers-setup
 images: $(RUN_READY) ## Make the pictures of the README; requires Chromium
 	$(BIN)/python docs/images/make_images.py
 
-lock: $(TEST_READY) ## Make the lock files anew from constraints.txt, on Linux with Python 3.11
+lock: $(TEST_READY) ## Write the lock files again from constraints.txt, on Linux with Python 3.11
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install --disable-pip-version-check -qq pip-tools
 	$(BIN)/python tests/repo/lock.py

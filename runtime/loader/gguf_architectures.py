@@ -104,6 +104,8 @@ def _rope(header: GgufHeader, name: str, factors: Sequence[float] | None) -> dic
     """The section `rope_parameters`."""
     metadata = header.metadata
     theta = metadata.get(f"{name}.rope.freq_base", 10000.0)
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise CheckpointError(f"{header.path}: '{name}.rope.freq_base' must be a positive number, got {shown(theta)}")
     kind = metadata.get(f"{name}.rope.scaling.type", "none")
     if factors is not None:
         return _llama3(header, theta, factors)

@@ -1,9 +1,11 @@
 """GGUF files load directly: config, names, order of rows, tokenizer and chat template from their metadata."""
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,15 @@ def test_a_file_that_is_cut_off(file: Path) -> None:
         file.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=r"must begin with GGUF|cut off|outside of the file|ends at byte"):
             LLM(file, skip_tokenizer=True)
+
+
+@pytest.mark.parametrize("base", ["x", -5.0, 0.0, math.inf, math.nan, [1.0]])
+def test_the_base_of_the_rotation_is_a_positive_number(base: object, file: Path) -> None:
+    header = read_gguf_header(file)
+    changed = replace(header, metadata={**header.metadata, "llama.rope.freq_base": base})
+    for factors in (None, [1.0, 2.0]):
+        with pytest.raises(CheckpointError, match=r"'llama.rope.freq_base' must be a positive number, got "):
+            config_of(changed, factors, "float32")
 
 
 def test_lint(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
