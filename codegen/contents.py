@@ -31,12 +31,24 @@ class EntryName:
 
 
 @dataclass(frozen=True, slots=True)
+class LayoutName(EntryName):
+    """A layout, with the architectures of the checkpoints that it reads."""
+
+    architectures: tuple[str, ...]
+
+    @property
+    def constant(self) -> str:
+        """The name of the layout in its module."""
+        return self.name.upper()
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     """The entries of a generated tree, and the rows of its files by path."""
 
     is_overlay: bool
     ops: tuple[EntryName, ...]
-    models: tuple[EntryName, ...]
+    models: tuple[LayoutName, ...]
     devices: tuple[EntryName, ...]
     formats: tuple[EntryName, ...]
     rows: Mapping[str, tuple[Row, ...]]

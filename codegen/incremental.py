@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
 
-from sageLLM.codegen.contents import Contents, EntryName, Row
+from sageLLM.codegen.contents import Contents, EntryName, LayoutName, Row
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.emit import (
     emit_device,
@@ -275,13 +275,16 @@ class Incremental:
     def _tables(self) -> None:
         names = {
             kind: tuple(EntryName(entry.name, entry.file) for entry in self.facts.own(kind))
-            for kind in ("ops", "models", "hardware", "formats")
+            for kind in ("ops", "hardware", "formats")
         }
-        rows = self._rows_by_path("ops ")
-        contents = Contents(
-            self.facts.is_overlay, names["ops"], names["models"], names["hardware"], names["formats"], rows
+        layouts = tuple(
+            LayoutName(entry.name, entry.file, tuple(entry.names["architectures"]))
+            for entry in self.facts.own("models")
         )
-        key = digest([contents.is_overlay, {kind: [one.ref for one in names[kind]] for kind in names}, rows])
+        rows = self._rows_by_path("ops ")
+        contents = Contents(self.facts.is_overlay, names["ops"], layouts, names["hardware"], names["formats"], rows)
+        refs = {kind: [one.ref for one in names[kind]] for kind in names}
+        key = digest([contents.is_overlay, refs, [(one.ref, one.architectures) for one in layouts], rows])
         self._unit("tables", key, lambda: emit_tables(contents, self._renderer))
 
     def _unit(self, name: str, key: str, emit: Emit) -> None:

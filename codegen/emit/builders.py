@@ -43,9 +43,7 @@ def model_rows(model: ModelDef) -> tuple[Row, ...]:
 
 def emit_builder_table(contents: Contents, renderer: Renderer) -> list[Output]:
     """`builders/__init__.py` with MODELS."""
-    names = [model.name for model in contents.models]
-    exports = sorted([*(name.upper() for name in names), "MODELS"])
-    text = renderer.render("builders_registry.py.jinja", names=names, exports=exports)
+    text = renderer.render("builders_registry.py.jinja", layouts=contents.models)
     entries = tuple(model.ref for model in contents.models)
     return [Output("builders/__init__.py", header("specs/models", "models") + text, entries)]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sageLLM.codegen.contents import Contents, EntryName
+from sageLLM.codegen.contents import Contents, EntryName, LayoutName
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.render import Output
 
@@ -68,7 +68,9 @@ class OwnSpecs:
         return Contents(
             self.is_overlay,
             tuple(_name_of(op.entry) for op in self.ops),
-            tuple(_name_of(model.entry) for model in self.models),
+            tuple(
+                LayoutName(model.name, model.entry.doc.file, model.checkpoints.architectures) for model in self.models
+            ),
             tuple(_name_of(entry) for entry in self.devices),
             tuple(_name_of(method.entry) for method in self.methods),
             {output.path: output.rows for output in outputs if output.rows},

@@ -11,6 +11,7 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.formats import QuantMethod
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.layout_table import LayoutTable
 from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_shapes, with_stored_ties
 from sageLLM.runtime.core.printable import printable
 from sageLLM.runtime.errors import MAX_MESSAGE_LEN, SageError
@@ -21,7 +22,7 @@ from sageLLM.runtime.loader.gguf_folder import WEIGHTS
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, method_of, why_not_loaded
 from sageLLM.runtime.loader.sentence_transformers import model_folder
 from sageLLM.runtime.registry.plugins import load_registry
-from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
+from sageLLM.runtime.registry.trees import BASE, import_folder, layout_table, read_table
 
 FINDINGS = 100
 MAX_SHOWN = 20
@@ -55,7 +56,7 @@ def lint_checkpoint(request: LintRequest) -> int:
 
 def _report(request: LintRequest) -> Report:
     packages = [BASE, *(import_folder(plugin) for plugin in request.plugins)]
-    layouts: dict[str, ModelLayout] = read_table(packages, "builders", "MODELS")
+    layouts = layout_table(packages)
     methods: dict[str, QuantMethod] = read_table(packages, "formats", "METHODS")
     if request.config is not None:
         request = replace(request, config=model_folder(request.config))
@@ -77,7 +78,7 @@ def _report(request: LintRequest) -> Report:
     return replace(report, quantization=reason, index=None, index_tensors=None)
 
 
-def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[ModelLayout, Mapping[str, Any], str]:
+def _config(request: LintRequest, layouts: LayoutTable) -> tuple[ModelLayout, Mapping[str, Any], str]:
     """The layout, its config, and the name of the config: from the file, or the layout's own small one."""
     layout = layouts.get(request.target)
     if layout is None and request.target != "model":

@@ -6,6 +6,7 @@ from typing import Any
 
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.layout_table import LayoutTable
 from sageLLM.runtime.core.printable import printable
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.json_files import read_json
@@ -24,11 +25,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return data
 
 
-def layout_of(data: Mapping[str, Any], path: Path, layouts: Mapping[str, ModelLayout]) -> ModelLayout:
+def layout_of(data: Mapping[str, Any], path: Path, layouts: LayoutTable) -> ModelLayout:
     """The layout of one of the config's `architectures`. Raises CheckpointError if no layout has one of them."""
     architectures = _architectures(data)
     for architecture in architectures:
-        readers = [layout for layout in layouts.values() if architecture in layout.architectures]
+        readers = layouts.readers_of(architecture)
         if readers:
             return _reader_of(architecture, data, path, readers, layouts)
     got = ", ".join(printable(name, 60) for name in architectures[:8]) or "none"
@@ -36,9 +37,9 @@ def layout_of(data: Mapping[str, Any], path: Path, layouts: Mapping[str, ModelLa
         hint = _text_layout_hint(architectures[:1], data, root, layouts)
         if hint:
             raise CheckpointError(f"{path}: expected an architecture with a layout, got {got}; {hint}")
-    known = sorted({name for layout in layouts.values() for name in layout.architectures})
     raise CheckpointError(
-        f"{path}: expected an architecture with a layout, got {got}; known are {', '.join(known)}. "
+        f"{path}: expected an architecture with a layout, got {got}; known are "
+        f"{', '.join(sorted(layouts.architectures))}. "
         "To add one: `sagellm new model NAME`, which prints the next step (docs/add-a-model.md)"
     )
 
@@ -56,7 +57,7 @@ def _reader_of(
     data: Mapping[str, Any],
     path: Path,
     readers: list[ModelLayout],
-    layouts: Mapping[str, ModelLayout],
+    layouts: LayoutTable,
 ) -> ModelLayout:
     """The layout that reads the text model of the config, if the architecture has text models of several kinds."""
     for layout in readers:
@@ -72,9 +73,7 @@ def _reader_of(
     )
 
 
-def _text_layout_hint(
-    architectures: list[str], data: Mapping[str, Any], root: str, layouts: Mapping[str, ModelLayout]
-) -> str | None:
+def _text_layout_hint(architectures: list[str], data: Mapping[str, Any], root: str, layouts: LayoutTable) -> str | None:
     """How a layout of the text model in the section `root` can be used; None without one."""
     section = text_section(data, root)
     if section is data:

@@ -14,22 +14,24 @@ from sageLLM.runtime.core.dialects.model import Dialect
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.formats import QuantMethod
-from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.layout_table import LayoutTable
 from sageLLM.runtime.core.passes.base import OptimizationPass
 from sageLLM.runtime.errors import PluginError
-from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
+from sageLLM.runtime.registry.trees import BASE, import_folder, layout_table, read_table
 
 
 @dataclass(frozen=True)
 class Registry:
     """All generated entries by name; passes in pipeline order. `packages` are the Python packages of the trees.
 
+    A layout of the package is imported when it is first read.
+
     A plugin must not redefine an entry of the package: graphs name ops, so a plugin would silently change all models.
     """
 
     packages: tuple[str, ...]
     ops: Mapping[str, type[OpNode]]
-    models: Mapping[str, ModelLayout]
+    models: LayoutTable
     passes: Mapping[str, type[OptimizationPass]]
     methods: Mapping[str, QuantMethod]
 
@@ -66,7 +68,7 @@ def _registry(packages: list[str]) -> Registry:
     return Registry(
         packages=tuple(packages),
         ops=read_table(packages, "ops", "OPS"),
-        models=read_table(packages, "builders", "MODELS"),
+        models=layout_table(packages),
         passes=_in_order(read_table(packages, "passes", "PASSES")),
         methods=read_table(packages, "formats", "METHODS"),
     )

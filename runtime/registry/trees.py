@@ -2,14 +2,17 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from hashlib import sha256
 from importlib import import_module
+from operator import or_
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.core.model.layout_table import LayoutTable
 from sageLLM.runtime.errors import PluginError
 
 BASE = "sageLLM.generated"
@@ -19,19 +22,34 @@ TRITON = "kernels.triton"
 
 def read_table(packages: Iterable[str], module: str, table: str) -> dict[str, Any]:
     """The entries of a table in all packages, by name; PluginError for a duplicate name."""
-    merged: dict[str, Any] = {}
+    return {name: entry for entries in _tables(packages, module, table) for name, entry in entries.items()}
+
+
+def layout_table(packages: Iterable[str]) -> LayoutTable:
+    """The layouts of all packages; PluginError for a duplicate name.
+
+    Those of the package itself are imported when they are first read, and those of plugins here, where an error names
+    the plugin.
+    """
+    tables: Iterator[LayoutTable] = _tables(packages, "builders", "MODELS")
+    return reduce(or_, tables)
+
+
+def _tables(packages: Iterable[str], module: str, table: str) -> Iterator[Any]:
+    """The table of each package."""
+    names: set[str] = set()
     for package in packages:
         entries = _entries(package, module, table)
-        taken = sorted(merged.keys() & entries.keys())
+        taken = sorted(names & entries.keys())
         if taken:
             raise PluginError(
                 f"plugin {_folder(package)}: {table} already contains {', '.join(taken)}; rename it in your specs"
             )
-        merged |= entries
-    return merged
+        names |= entries.keys()
+        yield entries
 
 
-def native_tables(packages: Iterable[str]) -> list[tuple[Path, dict[str, NativeKernel]]]:
+def native_tables(packages: Iterable[str]) -> list[tuple[Path, Mapping[str, NativeKernel]]]:
     """The native kernels of each package, by op, with the folder of their sources; PluginError for a duplicate."""
     packages = list(packages)
     read_table(packages, NATIVE, "KERNELS")
@@ -65,9 +83,11 @@ def import_folder(folder: Path) -> str:
     return name
 
 
-def _entries(package: str, module: str, table: str) -> dict[str, Any]:
+def _entries(package: str, module: str, table: str) -> Mapping[str, Any]:
     try:
-        entries: dict[str, Any] = getattr(import_module(f"{package}.{module}"), table)
+        entries: Mapping[str, Any] = getattr(import_module(f"{package}.{module}"), table)
+        if package != BASE:
+            dict(entries)  # imports all of it
     except Exception as error:  # a generated file that was edited or cut short may raise anything
         if package == BASE:
             raise

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from sageLLM.codegen import driver
-from sageLLM.generated.builders import EXAONE4, GEMMA2, SMOLLM3
+from sageLLM.generated.builders.exaone4 import EXAONE4
+from sageLLM.generated.builders.gemma2 import GEMMA2
+from sageLLM.generated.builders.smollm3 import SMOLLM3
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.op_node import OpNode
