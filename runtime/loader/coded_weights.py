@@ -1,7 +1,7 @@
 """Weights of the layout that stay codes: fused, stacked, split and divided over ranks as float weights are.
 
-Codes, scales and zeros of a weight have the same rows, so that they are moved in the same way. A weight whose columns
-are moved, or whose parts have different codes, is dequantised; the reason is returned.
+Codes, scales and zeros of a weight have the same rows, so that they are moved in the same way. A weight with columns
+that are moved, or with parts that have no common codes, is dequantised; the reason is returned.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 from sageLLM.runtime.core.model.weights import Part, View, WeightSpec, share_runs, share_shape
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.kernels.cpu.packing import DEPTH
+from sageLLM.runtime.loader.common_codes import with_common_codes
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
 Fill = Callable[[Tensor, Part, Tensor, int], None]
@@ -37,20 +38,15 @@ def load_codes(
             return reason
         parts.append(found)
         regions.append(part)
-    if len({_kind(one) for one in parts}) != 1:
+    common = with_common_codes(parts)
+    if common is None:
         return "its parts have different codes or groups"
+    parts = common
     columns = _columns(spec, rank, tp)
     if columns is not None and not _are_groups(columns, parts[0]):
         return f"shares that cut its groups of {_step(parts[0])} inputs"
     pairs = [(part, one if columns is None else _cut(one, *columns)) for part, one in zip(regions, parts, strict=True)]
     return _joined(spec, pairs, dtype, fill, tp)
-
-
-def _kind(weight: CodedWeight) -> tuple[object, ...]:
-    """The facts that parts of a weight must share. Scales of several float types become float32."""
-    kind = weight.scales.dtype if weight.factors is not None else None
-    factors = () if weight.factors is None else (weight.factors.shape[-1],)
-    return weight.form, weight.group, kind, factors, weight.minima is None
 
 
 def _by_output(part: Part, source: CodedWeight) -> Part:
