@@ -67,9 +67,10 @@ def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: 
     handoff = None
     try:
         if spec.handoff is not None:
+            from sageLLM.runtime.loader.digest import checkpoint_digest
             from sageLLM.runtime.server.kv_handoff import KVHandoff
 
-            handoff = KVHandoff(llm.engine, spec.handoff, commands)
+            handoff = KVHandoff(llm.engine, spec.handoff, commands, checkpoint_digest(Path(spec.model)))
         warm_up(llm)
         gc.collect()
         gc.freeze()  # the engine stays until the process ends: a full collection would look at its graphs in vain

@@ -65,8 +65,8 @@ SOURCE, TARGET = 0, 1
 class KVPort:
     """The transport of an engine with one rank in this process; distributes reports by their copies."""
 
-    def __init__(self, engine: Engine, worker: int, key: bytes, host: str = LOOPBACK) -> None:
-        """Raises SageError for an engine whose KV is not in one pool of this process."""
+    def __init__(self, engine: Engine, worker: int, key: bytes, host: str, weights: str) -> None:
+        """`weights` is a digest of them. Raises SageError for an engine whose KV is not in one pool of this process."""
         if not isinstance(engine.executor, InProcessExecutor) or engine.is_strict:
             raise SageError("KV is copied between engines of one rank and one pool; set --tensor-parallel-size 1")
         pool = engine.executor.decoder.runner.pool
@@ -75,7 +75,7 @@ class KVPort:
         part = Part(range(pool.num_layers), range(pool.shape.k[0]))
         values = () if pool.shape.is_shared else pool.values
         types = f"{engine.model.dtype} {pool.keys[0].dtype}"  # the second one says the form of a KV cache of codes
-        self.model = f"{engine.model.layout.name} {types} {pool.num_layers} {pool.shape}"
+        self.model = f"{engine.model.layout.name} {types} {pool.num_layers} {pool.shape} {weights}"
         self.epoch, self.key, self.block_size = secrets.randbits(62), key, pool.block_size
         self.num_blocks = pool.num_device_blocks
         place = Place(worker, 0, self.epoch, [[part], [part]], key, best_digest())
@@ -130,10 +130,12 @@ class _Kept:
 class KVKeeper:
     """Keeps the KV of prompts until it is fetched, or for `keep_seconds`; used by the engine's thread."""
 
-    def __init__(self, engine: Engine, key: bytes, host: str = LOOPBACK, keep_seconds: float = KEEP_SECONDS) -> None:
-        """Raises SageError, also if the host is not one of this machine."""
+    def __init__(
+        self, engine: Engine, key: bytes, host: str = LOOPBACK, weights: str = "", keep_seconds: float = KEEP_SECONDS
+    ) -> None:
+        """KV is for engines with the same digest of `weights`. Raises SageError, also for a host of another machine."""
         self._engine, self._keep_seconds = engine, keep_seconds
-        self._port = KVPort(engine, SOURCE, key, host)
+        self._port = KVPort(engine, SOURCE, key, host, weights)
         self._kept: dict[str, _Kept] = {}
         self._lock = threading.Lock()
         listener = channel.listen(host, 0)
@@ -247,9 +249,9 @@ OnEnd = Callable[[str, int, str], None]
 class KVFetcher:
     """Fetches the KV of prompts into the prefix cache of an engine; used by the engine's thread."""
 
-    def __init__(self, engine: Engine, key: bytes, host: str = LOOPBACK) -> None:
+    def __init__(self, engine: Engine, key: bytes, host: str = LOOPBACK, weights: str = "") -> None:
         """Raises SageError."""
-        self._engine, self._port = engine, KVPort(engine, TARGET, key, host)
+        self._engine, self._port = engine, KVPort(engine, TARGET, key, host, weights)
         self._threads = ThreadPoolExecutor(NUM_FETCHES, "sagellm-kv-fetch")
         self._borrowed: dict[str, Handover] = {}
         self._waiting: list[tuple[Fetch, OnEnd]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.runtime.cli.engine_options import EngineOptions
@@ -38,9 +40,11 @@ class Answer(NamedTuple):
     ticket: str
 
 
-def make_client(role: Role, policy: Literal["recompute", "fail"] = "recompute", **options: Any) -> EngineClient:
+def make_client(
+    role: Role, policy: Literal["recompute", "fail"] = "recompute", model: Path = MODEL, **options: Any
+) -> EngineClient:
     engine = EngineOptions(max_model_len=256, dtype="float32", block_size=BLOCK_SIZE, **options)
-    spec = EngineSpec(str(MODEL), engine, handoff=HandoffSpec(role, policy=policy))
+    spec = EngineSpec(str(model), engine, handoff=HandoffSpec(role, policy=policy))
     return EngineClient(lambda: ProcessChannel("sageLLM.runtime.cli.serve_engine", encode_spec(spec)))
 
 
@@ -60,11 +64,12 @@ def with_engines(
     use: Callable[[EngineClient, EngineClient], Coroutine[Any, Any, None]],
     policy: Literal["recompute", "fail"] = "recompute",
     key: str = KEY,
+    model: Path = MODEL,
 ) -> None:
     monkeypatch.setenv("SAGELLM_KEY", key)
 
     async def run() -> None:
-        engines = make_client("prefill"), make_client("decode", policy)
+        engines = make_client("prefill", model=model), make_client("decode", policy)
         try:
             await asyncio.gather(*(one.start() for one in engines))
             await asyncio.wait_for(use(*engines), 120)
@@ -138,6 +143,20 @@ def test_a_request_without_its_kv_fails_by_policy(monkeypatch: pytest.MonkeyPatc
             await ask(decode, PROMPTS[4], PARAMS, ticket)
 
     with_engines(monkeypatch, use, "fail")
+
+
+def test_kv_of_other_weights_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, expected: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    async def use(prefill: EngineClient, decode: EngineClient) -> None:
+        ticket = (await ask(prefill, PROMPTS[4], FEW)).ticket
+        found = await ask(decode, PROMPTS[4], PARAMS, ticket)
+        assert (found.token_ids, found.num_cached) == (expected[4], 0)
+
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with_engines(monkeypatch, use, model=path.parent)
 
 
 def test_an_engine_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
