@@ -107,9 +107,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_a_row_depends_on_nothing_but_the_row(isa: tuple[torch.dtype, Library], two_threads: None) -> None:
+@pytest.mark.parametrize("inner", [96, 700])
+def test_a_row_depends_on_nothing_but_the_row(isa: tuple[torch.dtype, Library], two_threads: None, inner: int) -> None:
+    """700 inputs are several parts of a block of more than one tile (microkernel_pairs.h)."""
     dtype, library = isa
-    x, packed = torch.randn(300, 96).to(dtype), pack(torch.randn(400, 96).to(dtype), 1, library)
+    x, packed = torch.randn(300, inner).to(dtype), pack(torch.randn(400, inner).to(dtype), 1, library)
     whole = linear(library, x, packed)
     for first, rows in [(0, 1), (299, 1), (7, 2), (50, 5), (13, 17), (100, 33), (40, 150)]:
         assert torch.equal(linear(library, x[first : first + rows], packed), whole[first : first + rows])

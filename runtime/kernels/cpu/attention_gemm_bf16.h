@@ -37,9 +37,8 @@ inline int64_t uniform_stride(const bf16* const* row) {
 
 class PairGemms {
   public:
-    // Without AMX, blocks of 6 rows by 4 panels: 24 sums, 4 weights and a broadcast value fit into 32 registers.
     PairGemms(int64_t rows, int64_t key_width, int64_t value_width)
-        : microkernel_(select_microkernel<bf16, bf16, 6, 4, 4, 2>()), scope_(microkernel_), rows_(rows),
+        : microkernel_(select_microkernel<bf16, bf16, MAX_ROWS, MAX_PANELS, 4, 2>()), scope_(microkernel_), rows_(rows),
           key_width_(key_width), value_width_(value_width), depth_(round_up(key_width, DEPTH)),
           panels_(round_up(value_width, PANEL) / PANEL), is_tiled_(microkernel_.row_step == BLOCK),
           uses_keys_in_place_(is_tiled_ && rows <= BLOCK), weight_row_(is_tiled_ ? DEPTH : KEYS),
@@ -89,7 +88,10 @@ class PairGemms {
 
     void multiply_keys(int64_t block, int64_t first, int64_t count) {
         float* scores = scores_of(block);
-        if (!uses_keys_in_place_) return multiply(scores, queries_, first, count, depth_, packed_keys_, KEYS / PANEL);
+        if (!is_tiled_)
+            return Tiles::multiply(scores, queries_ + first * depth_, count, depth_, packed_keys_, KEYS / PANEL);
+        if (!uses_keys_in_place_)
+            return microkernel_.block(scores, queries_, first, count, depth_, packed_keys_, KEYS / PANEL, Prefetch{});
 #if defined(SAGE_AMX)
         for (int64_t key = 0; key < KEYS; key += PANEL) {
             amx::gemm_strided(block_sums_, keys_[key / PANEL].row, keys_[key / PANEL].stride, depth_, queries_);
@@ -109,14 +111,29 @@ class PairGemms {
     }
 
     void add_values(int64_t block, int64_t count, Floats rescale, float* sums) {
-        rescale_rows(count, rescale, sums, panels_ * PANEL);
-        for (int64_t p = 0; p < panels_; p += 4) {
-            const int64_t panels = panels_ - p < 4 ? panels_ - p : 4;
-            add_panels(weights_of(block), count, sums + p * PANEL, packed_values_ + p * PANEL * KEYS, panels);
+        alignas(64) float factors[BLOCK];
+        store(factors, Block{0}, rescale);
+        const int64_t width = panels_ * PANEL;
+        const bf16 *upper = weights_of(block), *lower = upper + BLOCK * KEYS;
+        if (is_tiled_) rescale_rows(count, rescale, sums, width);
+        for (int64_t p = 0; p < panels_; p += MAX_PANELS) {
+            const int64_t panels = minimum(panels_ - p, MAX_PANELS);
+            const bf16* w = packed_values_ + p * PANEL * KEYS;
+#if defined(SAGE_AMX)
+            if (is_tiled_) {
+                amx::add_split(sums + p * PANEL, width, upper, lower, KEYS / DEPTH, w, panels);
+                continue;
+            }
+#endif
+            Tiles::add_split(sums + p * PANEL, width, factors, upper, lower, count, KEYS, w, panels);
         }
     }
 
   private:
+    // Without AMX, tiles of 6 rows by 4 panels: 24 sums, 4 weights and a broadcast value fit into 32 registers.
+    static constexpr int64_t MAX_ROWS = 6, MAX_PANELS = 4;
+    using Tiles = pairs::Tiles<MAX_ROWS, MAX_PANELS>;
+
     struct Rows {
         const bf16* row;
         int64_t stride;
@@ -153,31 +170,6 @@ class PairGemms {
             for (int64_t at = 0; at < depth_; at += DEPTH)
                 _mm512_store_si512(copy + k * depth_ + at, load_pairs(active_lanes(at, key_width_), row[k] + at));
         keys_[key / PANEL] = {copy, depth_};
-    }
-
-    // Some rows of x times some panels of w, in blocks.
-    void multiply(float* sums, const bf16* x, int64_t first, int64_t count, int64_t inner, const bf16* w,
-                  int64_t panels) const {
-        for (int64_t r = 0; r < count; r += microkernel_.narrow_rows) {
-            const int64_t rows = count - r < microkernel_.narrow_rows ? count - r : microkernel_.narrow_rows;
-            microkernel_.block(sums + r * panels * PANEL, x, first + r, rows, inner, w, panels, Prefetch{nullptr, 0});
-        }
-    }
-
-    void add_panels(const bf16* upper, int64_t count, float* sums, const bf16* w, int64_t panels) const {
-        const int64_t width = panels_ * PANEL;
-        const bf16* lower = upper + BLOCK * KEYS;
-#if defined(SAGE_AMX)
-        if (is_tiled_) return amx::add_split(sums, width, upper, lower, KEYS / DEPTH, w, panels);
-#endif
-        float* lower_sums = block_sums_ + BLOCK * panels * PANEL;
-        multiply(block_sums_, upper, 0, count, KEYS, w, panels);
-        multiply(lower_sums, lower, 0, count, KEYS, w, panels);
-        for (int64_t r = 0; r < count; ++r)
-            for (int64_t at = r * panels * PANEL, to = r * width; at < (r + 1) * panels * PANEL;
-                 at += LANES, to += LANES)
-                store(sums, Block{to},
-                      load(sums, Block{to}) + load(block_sums_, Block{at}) + load(lower_sums, Block{at}));
     }
 
     // Transposes the sums [16, PANEL] of 16 keys into the scores of four rows.

@@ -7,6 +7,7 @@
 
 #include "microkernel_amx.h"
 #include "microkernel_integers.h"
+#include "microkernel_pairs.h"
 #include "microkernel_vector.h"
 #include "microkernel_widened.h"
 
@@ -45,7 +46,7 @@ struct MicrokernelFor<bf16, bf16, ROWS, PANELS> {
         if (allows("amx") && amx::is_permitted()) return amx::MICROKERNEL;
 #endif
 #if defined(__AVX512BF16__)
-        if (allows("amx") || allows("avx512_bf16")) return vectors::PAIR_MICROKERNEL<ROWS, PANELS>;
+        if (allows("amx") || allows("avx512_bf16")) return pairs::MICROKERNEL<ROWS, PANELS>;
 #endif
         return vectors::FLOAT_MICROKERNEL<bf16, ROWS, PANELS>;
     }

@@ -9,7 +9,7 @@
 
 namespace sage {
 
-constexpr int64_t MAX_SUMS = 24 * 4 * PANEL;  // of a block, over all microkernels
+constexpr int64_t MAX_SUMS = 32 * 4 * PANEL;  // of a block, over all microkernels
 
 // Weights to prefetch while a block is computed: for every DEPTH elements of K, `lines` cache lines of each of
 // `streams` streams, which are `stride` bytes apart. A core reads several streams faster than one. Panels that this

@@ -1,9 +1,9 @@
 // Microkernels in vector registers: for each step along K, a few vectors of the panels times one broadcast value per
 // row.
 //
-// AVX512_BF16 multiplies pairs of bf16. Without it everything is a float32 multiply-add: f16 and bf16 are widened,
-// weights as they are read and x once when it is prepared; widening is exact. Prepared x: [rows][K], K padded with
-// zeros.
+// Everything is a float32 multiply-add: f16 and bf16 are widened, weights as they are read and x once when it is
+// prepared; widening is exact. Prepared x: [rows][K], K padded with zeros. microkernel_pairs.h multiplies pairs of
+// bf16.
 #pragma once
 
 #include <utility>
@@ -122,38 +122,6 @@ __attribute__((noinline)) void float_block(float* sums, const float* x, int64_t 
     memcpy(sums, sum, sizeof sum);
 }
 
-#if defined(__AVX512BF16__)
-inline void prepare_pairs(void* prepared, const bf16* const* x, int64_t rows, int64_t K) {
-    int64_t padded = round_up(K, DEPTH);
-    for (int64_t row = 0; row < rows; ++row) {
-        bf16* out = (bf16*)prepared + row * padded;
-        memcpy((void*)out, x[row], K * sizeof(bf16));
-        memset((void*)(out + K), 0, (padded - K) * sizeof(bf16));
-    }
-}
-
-template <int ROWS, int PANELS>
-__attribute__((noinline)) void pair_block(float* sums, const bf16* x, int64_t K, const bf16* w, Prefetch prefetch) {
-    const int64_t panel = K * PANEL;
-    __m512 sum[ROWS][PANELS] = {};
-    for (int64_t k = 0; k < K; k += 2, w += PANEL * 2) {
-        if (k % DEPTH == 0) prefetch_step(prefetch);
-        __m512bh read[PANELS];
-#pragma GCC unroll 4
-        for (int64_t p = 0; p < PANELS; ++p) read[p] = (__m512bh)_mm512_loadu_si512(w + p * panel);
-#pragma GCC unroll 16
-        for (int64_t row = 0; row < ROWS; ++row) {
-            int32_t pair;
-            memcpy(&pair, x + row * K + k, sizeof pair);
-            __m512bh broadcast = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-            for (int64_t p = 0; p < PANELS; ++p) sum[row][p] = _mm512_dpbf16_ps(sum[row][p], read[p], broadcast);
-        }
-    }
-    memcpy(sums, sum, sizeof sum);
-}
-#endif
-
 // One function per number of rows and panels: all loop bounds are constants, so the sums of a block stay in registers.
 
 template <class Element, class X>
@@ -164,13 +132,6 @@ struct FloatBlock {
     using X = float;
     static constexpr BlockFunction<Element, X> function = float_block<Element, ROWS, PANELS>;
 };
-#if defined(__AVX512BF16__)
-template <class Element, int ROWS, int PANELS>
-struct PairBlock {
-    using X = bf16;
-    static constexpr BlockFunction<Element, X> function = pair_block<ROWS, PANELS>;
-};
-#endif
 
 template <class Element, template <class, int, int> class Kind, int ROWS, int PANELS>
 struct Blocks {
@@ -199,11 +160,6 @@ constexpr Microkernel<Element> vector_microkernel(int rows, int panels, size_t x
 template <class Element, int ROWS, int PANELS>
 constexpr Microkernel<Element> FLOAT_MICROKERNEL = vector_microkernel<Element>(
     ROWS, PANELS, sizeof(float), prepare<Element>, Blocks<Element, FloatBlock, ROWS, PANELS>::block, "float32");
-#if defined(__AVX512BF16__)
-template <int ROWS, int PANELS>
-constexpr Microkernel<bf16> PAIR_MICROKERNEL = vector_microkernel<bf16>(
-    ROWS, PANELS, sizeof(bf16), prepare_pairs, Blocks<bf16, PairBlock, ROWS, PANELS>::block, "AVX512_BF16");
-#endif
 
 }  // namespace vectors
 }  // namespace sage

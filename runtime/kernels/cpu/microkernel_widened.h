@@ -9,6 +9,7 @@
 #pragma once
 
 #include "coded.h"
+#include "microkernel_pairs.h"
 #include "microkernel_vector.h"
 
 namespace sage {
@@ -119,12 +120,6 @@ struct Pairs {
         }
     };
 
-    static __m512bh broadcast_pair(const bf16* x) {
-        int32_t pair;
-        memcpy(&pair, x, sizeof pair);
-        return (__m512bh)_mm512_set1_epi32(pair);
-    }
-
     template <int ROWS, int PANELS>
     static void add_scaled(float* sums, const __m512 (&sum)[ROWS][PANELS], const CodedPanel& w, int64_t at) {
 #pragma GCC unroll 4
@@ -156,18 +151,7 @@ struct Pairs {
     static void multiply(float* sums, const bf16* x, int64_t stride, const bf16* widened, int64_t count,
                          const CodedPanel& w, int64_t at) {
         __m512 sum[ROWS][PANELS] = {};
-        for (int64_t k = 0; k < count; k += 2) {
-            __m512bh pairs[PANELS];
-#pragma GCC unroll 4
-            for (int64_t p = 0; p < PANELS; ++p)
-                pairs[p] = (__m512bh)_mm512_loadu_si512(widened + (p * CHUNK + k) * PANEL);
-#pragma GCC unroll 8
-            for (int64_t row = 0; row < ROWS; ++row) {
-                const __m512bh value = broadcast_pair(x + row * stride + k);
-#pragma GCC unroll 4
-                for (int64_t p = 0; p < PANELS; ++p) sum[row][p] = _mm512_dpbf16_ps(sum[row][p], pairs[p], value);
-            }
-        }
+        for (int64_t k = 0; k < count; k += 2) pairs::add_pair(sum, x + k, stride, widened + k * PANEL, CHUNK * PANEL);
         add_scaled(sums, sum, w, at);
     }
 
@@ -182,21 +166,21 @@ struct Pairs {
         for (int64_t i = 0; i < count; i += 4, from += 64)
 #pragma GCC unroll 4
             for (int64_t p = 0; p < PANELS; ++p) {
-                __m512i pairs[2];
-                widen(pairs, from + p * panel);
+                __m512i words[2];
+                widen(words, from + p * panel);
 #pragma GCC unroll 4
                 for (int64_t row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
                     for (int64_t j = 0; j < 2; ++j)
-                        sum[row][p] = _mm512_dpbf16_ps(sum[row][p], (__m512bh)pairs[j],
-                                                       broadcast_pair(x + row * stride + i + 2 * j));
+                        sum[row][p] = _mm512_dpbf16_ps(sum[row][p], (__m512bh)words[j],
+                                                       pairs::broadcast_pair(x + row * stride + i + 2 * j));
             }
         add_scaled(sums, sum, w, at);
     }
 
     // [rows][K], each four elements in the order 0, 2, 1, 3.
     static void prepare(void* prepared, const bf16* const* x, int64_t rows, int64_t K) {
-        vectors::prepare_pairs(prepared, x, rows, K);
+        pairs::prepare(prepared, x, rows, K);
         const int64_t count = rows * round_up(K, DEPTH);
         for (int64_t i = 0; i < count; i += DEPTH) {
             void* at = (bf16*)prepared + i;
