@@ -8,6 +8,7 @@ import torch
 
 from sageLLM import __version__, generated
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.loader.digest import weights_digest
 from sageLLM.runtime.loader.model import Model
 
 
@@ -17,6 +18,7 @@ def fingerprint(folder: Path, model: Model, compiler: ModelCompiler) -> dict[str
     return {
         **versions(),
         "config.json": _digest((folder / "config.json").read_bytes()),
+        "weights": weights_digest(folder),
         "layout": f"{model.layout.name} {_digest(whole.encode())}",
         "element type": model.short_dtype,
         "KV cache": model.short_dtype if model.kv_form is None else model.kv_form.name,
