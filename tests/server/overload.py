@@ -9,9 +9,9 @@ process, which costs a tenth of the server, and reports by how much it was late 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import random
-import selectors
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ from sageLLM.runtime.server.http_client import Address
 
 NUM_TOKENS = 32
 NUM_POSTS = 1000
+NUM_BODIES = 512
 WARM_UP_SECONDS = 2.0
 REFUSED_MS = 50
 ANSWER_SECONDS = 60.0
@@ -53,66 +54,79 @@ class Post:
         return self.data.endswith(b"0\r\n\r\n")
 
 
+@dataclass(slots=True)
+class Peer:
+    """A connection, with its request if one is open."""
+
+    sock: socket.socket
+    post: Post | None = None
+
+
 class Client:
-    """Sends posts on sockets and reads the answers, in one thread. Connections are kept, as clients do."""
+    """Sends posts on sockets and reads the answers, in one thread. Connections are kept, as clients do.
+
+    It shares the processors with the server, so bodies are made before the run, and sockets stay in the poll.
+    """
 
     def __init__(self, address: Address, seed: int) -> None:
         self._address, self._draw = address, random.Random(seed)
-        self._selector = selectors.DefaultSelector()
-        self._idle: list[socket.socket] = []
+        self._poll = select.epoll()
+        self._peers: dict[int, Peer] = {}
+        self._idle: list[Peer] = []
+        self._requests = itertools.cycle([self._request() for _ in range(NUM_BODIES)])
+        self._starts = itertools.product(range(1000, 2000), repeat=2)
         self.posts: list[Post] = []
+        self.num_open = 0
 
-    def connection(self) -> socket.socket:
+    def connection(self) -> Peer:
         return self._idle.pop() if self._idle else self.connect()
 
-    def connect(self) -> socket.socket:
+    def connect(self) -> Peer:
         sock = socket.create_connection((self._address.host, self._address.port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
-        return sock
+        peer = self._peers[sock.fileno()] = Peer(sock)
+        self._poll.register(sock, select.EPOLLIN)
+        return peer
 
-    def request(self) -> bytes:
-        """A post of 32 random ids, answered by 32 tokens."""
-        prompt = [self._draw.randrange(2000) for _ in range(32)]
-        options = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
-        body = json.dumps({"prompt": prompt, **options}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+    def _request(self) -> bytes:
+        """A post of 32 random ids, answered by 32 tokens; the first two ids are to be filled in."""
+        ids = ", ".join(str(self._draw.randrange(2000)) for _ in range(30))
+        body = f'{{"prompt": [%d, %d, {ids}], "max_tokens": {NUM_TOKENS}, "ignore_eos": true, "stream": true}}'
+        size = len(body % (1000, 1000))
+        return f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {size}\r\n\r\n{body}".encode()
 
-    def send(self, due: float, sock: socket.socket, data: bytes) -> None:
-        post = Post(due, time.perf_counter())
-        sock.sendall(data)
-        self._selector.register(sock, selectors.EVENT_READ, post)
+    def send(self, due: float, peer: Peer) -> None:
+        peer.post = post = Post(due, time.perf_counter())
+        peer.sock.sendall(next(self._requests) % next(self._starts))  # a prompt that is not in the prefix cache
+        self.num_open += 1
         self.posts.append(post)
 
-    @property
-    def num_open(self) -> int:
-        return len(self._selector.get_map())
-
     def receive(self, seconds: float) -> None:
-        """Reads what arrives within the time, or nothing."""
-        arrived = [(key, *self._read(key.fileobj)) for key, _ in self._selector.select(max(0.0, seconds))]
-        for key, chunk, now in arrived:
-            post: Post = key.data
-            sock = key.fileobj
-            assert isinstance(sock, socket.socket)
+        """Reads what arrives within the time, or nothing. All sockets are read before any answer is looked at."""
+        arrived = []
+        for descriptor, _ in self._poll.poll(max(0.0, seconds)):
+            peer = self._peers[descriptor]
+            arrived.append((peer, peer.sock.recv(65536), time.perf_counter()))
+        for peer, chunk, now in arrived:
+            post = peer.post
+            assert post is not None, f"{chunk!r} has arrived without a request"
             post.first = post.first or now
             post.data += chunk
             if post.is_whole or not chunk:
-                post.end = now
-                self._selector.unregister(sock)
-                self._idle.append(sock) if chunk else sock.close()
+                post.end, peer.post = now, None
+                self.num_open -= 1
+                self._idle.append(peer) if chunk else self._drop(peer)
 
-    @staticmethod
-    def _read(sock: object) -> tuple[bytes, float]:
-        """What has arrived, and when. All sockets are read before any answer is looked at."""
-        assert isinstance(sock, socket.socket)
-        return sock.recv(65536), time.perf_counter()
+    def _drop(self, peer: Peer) -> None:
+        del self._peers[peer.sock.fileno()]
+        peer.sock.close()
 
     def close(self) -> None:
-        for sock in self._idle:
-            sock.close()
+        for peer in list(self._peers.values()):
+            self._drop(peer)
         self._idle.clear()
+        self._poll.close()
 
     def wait(self) -> None:
         deadline = time.perf_counter() + ANSWER_SECONDS
@@ -125,7 +139,7 @@ class Client:
         deadline = time.perf_counter() + seconds
         while (now := time.perf_counter()) < deadline:
             while self.num_open < concurrency:
-                self.send(now, self.connection(), self.request())
+                self.send(now, self.connection())
             self.receive(0.05)
         self.wait()
         self.close()
@@ -136,18 +150,18 @@ class Client:
         while due < start + seconds:
             while (now := time.perf_counter()) < due:
                 self.receive(due - now)
-            self.send(due, self.connection(), self.request())
+            self.send(due, self.connection())
             due += self._draw.expovariate(rate)
         self.wait()
         self.close()
 
     def run_burst(self, num_posts: int) -> None:
         """All at once, on connections that exist."""
-        posts = [(self.connect(), self.request()) for _ in range(num_posts)]
+        peers = [self.connect() for _ in range(num_posts)]
         time.sleep(0.5)  # until the server has accepted all
         due = time.perf_counter()
-        for sock, data in posts:
-            self.send(due, sock, data)
+        for peer in peers:
+            self.send(due, peer)
         self.wait()
         self.close()
 
