@@ -46,6 +46,42 @@ class Channel(Protocol):
     @property
     def process_id(self) -> int | None: ...
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether another event has arrived behind the one that `on_event` has now."""
+        ...
+
+
+class Receiver(asyncio.Protocol):
+    """The front's end of the socket: events of the engine as they arrive."""
+
+    def __init__(self, on_event: OnEvent, on_end: Callable[[], None]) -> None:
+        self._on_event, self._on_end = on_event, on_end
+        self._decoder = msgspec.msgpack.Decoder(Event)
+        self._buffer = bytearray()
+        self.is_behind = False
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        messages = self._whole_messages()
+        for number, message in enumerate(messages, start=1):
+            self.is_behind = number < len(messages)
+            self._on_event(self._decoder.decode(message))
+
+    def _whole_messages(self) -> list[bytes]:
+        buffer, messages, start = self._buffer, [], 0
+        while len(buffer) >= (body := start + HEADER_LEN):
+            end = body + int.from_bytes(buffer[start:body], "big")
+            if len(buffer) < end:
+                break
+            messages.append(bytes(buffer[body:end]))
+            start = end
+        del buffer[:start]
+        return messages
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_end()
+
 
 class ProcessChannel:
     """Starts the engine as `python -m module FD`. `spec` is its first message, in a form that the module defines."""
@@ -54,8 +90,10 @@ class ProcessChannel:
         self._module, self._spec = module, spec
         self._encoder = msgspec.msgpack.Encoder()
         self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._receiver: Receiver | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     @property
     def process_id(self) -> int | None:
@@ -71,20 +109,30 @@ class ProcessChannel:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(frame(self._spec))
-        self._reading = asyncio.create_task(self._read(reader, on_event, on_lost))
+
+        def on_end() -> None:
+            if not self._is_closed:
+                self._ending = asyncio.create_task(self._report_end(on_lost))
+
+        loop = asyncio.get_running_loop()
+        self._transport, self._receiver = await loop.create_connection(lambda: Receiver(on_event, on_end), sock=ours)
+        self._transport.write(frame(self._spec))
+
+    @property
+    def is_behind(self) -> bool:
+        return self._receiver is not None and self._receiver.is_behind
 
     def send(self, command: Command) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(frame(self._encoder.encode(command)))
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame(self._encoder.encode(command)))
 
     async def close(self) -> None:
         """Hangs up; the process ends after its step, or is killed after END_SECONDS."""
-        if self._reading is not None:
-            self._reading.cancel()
-        if self._writer is not None:
-            self._writer.close()
+        self._is_closed = True
+        if self._ending is not None:
+            self._ending.cancel()
+        if self._transport is not None:
+            self._transport.close()
         if self._process is not None:
             await asyncio.to_thread(self._wait, self._process)
 
@@ -96,14 +144,8 @@ class ProcessChannel:
             process.kill()
             process.wait()
 
-    async def _read(self, reader: asyncio.StreamReader, on_event: OnEvent, on_lost: OnLost) -> None:
-        decoder = msgspec.msgpack.Decoder(Event)
-        try:
-            while True:
-                size = int.from_bytes(await reader.readexactly(HEADER_LEN), "big")
-                on_event(decoder.decode(await reader.readexactly(size)))
-        except (OSError, asyncio.IncompleteReadError):
-            on_lost(await asyncio.to_thread(self._describe_end))
+    async def _report_end(self, on_lost: OnLost) -> None:
+        on_lost(await asyncio.to_thread(self._describe_end))
 
     def _describe_end(self) -> str:
         assert self._process is not None
@@ -123,6 +165,7 @@ class ThreadChannel:
         self._serve = serve
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.is_behind = False
 
     @property
     def process_id(self) -> int | None:

@@ -22,7 +22,7 @@ from sageLLM.runtime.server.prompts import (
     template_variables,
 )
 from sageLLM.runtime.server.service import Service
-from sageLLM.runtime.server.streams import PLACE, TextFrame, frame, keep_alive
+from sageLLM.runtime.server.streams import PLACE, TextFrame, frame, steps_of
 from sageLLM.runtime.server.tools import ToolUse, tool_use, usable_tools
 
 
@@ -193,27 +193,29 @@ class Chat:
         options = self.body.stream_options
         has_usage = self.service.settings.enable_force_include_usage or bool(options and options.include_usage)
         is_continuous = bool(options and options.continuous_usage_stats and has_usage)
-        steps = keep_alive(self.generation.steps(), self.exchange, self.service.settings.sse_keep_alive_interval)
         plain = [] if self._has_details or is_continuous else self._text_frames()
         extra: dict[str, Any] = {}
         has_roles = False
-        async for pieces in steps:
+
+        def framed(piece: Piece) -> bytes:
+            parts = self._parse(piece)
+            if plain and piece.finish_reason is None and len(parts) == 1 and parts[0].content:
+                return plain[piece.index](parts[0].content)
+            chunks = self._chunks(piece, parts, has_fingerprint=not has_usage)
+            return b"".join(frame(chunk | extra) for chunk in chunks)
+
+        seconds = self.service.settings.sse_keep_alive_interval
+        async for pieces in steps_of(self.generation, self.exchange, seconds, framed if plain else None):
             if is_continuous:
                 extra = {"usage": self.service.running_usage(self.generation)}
             # The first chunks are sent with the first output, so that an early error is a response of its own.
             frames = [] if has_roles else [frame(chunk | extra) for chunk in self._first_chunks()]
             has_roles = True
-            for piece in pieces:
-                parts = self._parse(piece)
-                if plain and piece.finish_reason is None and len(parts) == 1 and parts[0].content:
-                    frames.append(plain[piece.index](parts[0].content))
-                else:
-                    chunks = self._chunks(piece, parts, has_fingerprint=not has_usage)
-                    frames += [frame(chunk | extra) for chunk in chunks]
+            frames += map(framed, pieces)
             if not self.exchange.is_streaming:
                 await self.exchange.start_stream()
-            if frames:
-                await self.exchange.write(b"".join(frames))
+            if data := b"".join(frames):
+                await self.exchange.write(data)
         tail = b""
         if has_usage:
             end = self.head | {"choices": [], "usage": self.service.usage(self.generation, self.num_reasoning_tokens)}

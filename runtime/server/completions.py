@@ -21,7 +21,7 @@ from sageLLM.runtime.server.prompts import (
     tokenize,
 )
 from sageLLM.runtime.server.service import Service
-from sageLLM.runtime.server.streams import PLACE, TextFrame, frame, keep_alive
+from sageLLM.runtime.server.streams import PLACE, TextFrame, frame, steps_of
 
 UNSCORED = 0
 """The rank of a prompt's first token, which nothing precedes."""
@@ -140,8 +140,9 @@ class Completion:
         is_continuous = bool(options and options.continuous_usage_stats and has_usage)
         is_new = [True] * len(self.generation.answers)
         plain = [] if self._has_details or is_continuous else self._text_frames()
-        steps = keep_alive(self.generation.steps(), self.exchange, self.service.settings.sse_keep_alive_interval)
-        async for pieces in steps:
+        seconds = self.service.settings.sse_keep_alive_interval
+        framed = (lambda piece: plain[piece.index](piece.text)) if plain else None
+        async for pieces in steps_of(self.generation, self.exchange, seconds, framed):
             chunks = []
             for piece in pieces:
                 if plain and piece.finish_reason is None:

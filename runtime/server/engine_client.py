@@ -43,19 +43,34 @@ class EngineLostError(EngineError):
 
 
 class Inbox:
-    """The deltas that a handler has not taken yet, of one or more requests. `take` waits for new ones."""
+    """The deltas that a handler has not taken yet, of one or more requests. `take` waits for new ones.
 
-    __slots__ = ("_deltas", "_error", "_waiter")
+    While the handler waits, `sink` is offered each delta, and returns whether it has dealt with it.
+    """
+
+    __slots__ = ("_deltas", "_error", "_waiter", "sink")
 
     def __init__(self) -> None:
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the only handler
+        self.sink: Callable[[Delta], bool] | None = None
 
-    def push(self, delta: Delta) -> None:
+    def push(self, delta: Delta, *, joins: bool = False) -> None:
+        """With `joins` the delta waits for the handler, which takes it together with those that follow."""
+        waiter = self._waiter
+        if waiter is not None:
+            if self.sink is not None and not joins and self._is_taken(self.sink, delta):
+                return
+            self._wake(waiter)
         self._deltas.append(delta)
-        if self._waiter is not None:
-            self._wake(self._waiter)
+
+    def _is_taken(self, sink: Callable[[Delta], bool], delta: Delta) -> bool:
+        try:
+            return sink(delta)
+        except Exception as error:  # of this request, not of the engine's connection
+            self.fail(error)
+            return True
 
     def fail(self, error: Exception) -> None:
         self._error = error
@@ -190,9 +205,10 @@ class EngineClient:
             return
         match event:
             case Step(deltas=deltas, load=load):
+                joins = channel.is_behind
                 for delta in deltas:
                     if (inbox := self._inboxes.get(delta.request_id)) is not None:
-                        inbox.push(delta)
+                        inbox.push(delta, joins=joins)
                 if load is not None:
                     self.load = load
                     self.on_load(load)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -15,8 +15,16 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-WriteChunk = Callable[[bytes], bool]
-"""Writes a chunk of a response that has started; False if the connection cannot take it now, and nothing is written."""
+
+
+class ChunkWriter(Protocol):
+    """Writes chunks of a response that has started, while it is ready."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    def write(self, data: bytes) -> None: ...
+
 
 DONE = b"data: [DONE]\n\n"
 ANTHROPIC = "/v1/messages"
@@ -47,6 +55,7 @@ class Exchange:
     """A request with its id and arrival time. After `start_stream` an error goes into the stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`writer` is None in an application without our protocol, such as one of a test."""
         self.scope, self._receive, self._send = scope, receive, send
         self.arrival: float = time.monotonic()
         self.request_id: str = scope["state"]["request_id"]
@@ -55,7 +64,7 @@ class Exchange:
         self.ignored: list[str] = []
         self._kind = error_kind(scope)
         self._watcher: asyncio.Task[None] | None = None
-        self._write_chunk: WriteChunk | None = scope["state"].pop("write_chunk", None)
+        self.writer: ChunkWriter | None = scope["state"].pop("chunk_writer", None)
 
     def header(self, name: bytes) -> str | None:
         return header_of(self.scope, name)
@@ -135,7 +144,8 @@ class Exchange:
 
     async def write(self, data: bytes) -> None:
         """Sends a part of a stream: by the connection itself if it can take it now, else through the application."""
-        if self._write_chunk is not None and self._write_chunk(data):
+        if self.writer is not None and self.writer.is_ready:
+            self.writer.write(data)
             return
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 

@@ -13,7 +13,6 @@ from collections.abc import Collection
 from sageLLM.runtime.server.errors import ApiError, encode_response
 from sageLLM.runtime.server.exchange import Scope, error_kind, header_of
 from sageLLM.runtime.server.service import Service
-from sageLLM.runtime.server.whole_request import read_whole
 
 ACCESS = logging.getLogger("sagellm.access")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
@@ -31,22 +30,19 @@ class Gate:
     def __init__(self, service: Service, queued_paths: Collection[str]) -> None:
         self._service, self.settings = service, service.settings
         self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.api_key]
-        self._queued_paths = frozenset(queued_paths)
-        self._first_lines = {f"POST {path} HTTP/1.1".encode(): path for path in queued_paths}
+        self._queued_urls = {path.encode(): path for path in queued_paths}
         self._refusals: dict[tuple[int, int, str | None], tuple[bytes, bytes]] = {}
 
-    def refuse_unread(self, data: bytes, client: object) -> bytes | None:
-        """The response to data from an idle connection, if it is one whole request and the queue is full."""
-        if not self._service.admission.is_full or (request := read_whole(data, self._first_lines)) is None:
-            return None
-        return self.refuse_early({"method": "POST", "path": request.path, "headers": request.headers, "client": client})
+    def refuse_early(self, scope: Scope, url: bytes) -> bytes | None:
+        """The response to a POST that finds the queue full, before it costs a task, a route or its body.
 
-    def refuse_early(self, scope: Scope) -> bytes | None:
-        """The response to a request that finds the queue full, before it costs a task, a route or its body."""
-        if scope["path"] not in self._queued_paths or scope["method"] != "POST":
-            return None
+        `scope` has the headers and the client's address.
+        """
         if not self._service.admission.is_full or self._service.why_not_ready():
             return None
+        if (path := self._queued_urls.get(url)) is None:
+            return None
+        scope.update(method="POST", path=path)
         start = time.monotonic()
         if self.why_refused(scope) is not None:
             return None
@@ -54,7 +50,7 @@ class Gate:
         before, after = self._full_response(error_kind(scope))
         response = before + request_id.encode() + after if self.settings.enable_request_id_headers else before
         self._service.metrics.count_refusal("requests")
-        self.record(scope, scope["path"], request_id, 429, time.monotonic() - start)
+        self.record(scope, path, request_id, 429, time.monotonic() - start)
         return response
 
     def _full_response(self, kind: str | None) -> tuple[bytes, bytes]:

@@ -11,6 +11,7 @@ from sageLLM.runtime.engine.requests import stop_rules
 from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.server.admission import Admission, Ticket
 from sageLLM.runtime.server.engine_client import EngineClient, Inbox
+from sageLLM.runtime.server.exchange import ChunkWriter
 from sageLLM.runtime.server.messages import Delta, Ready, ScoredToken, Submit
 from sageLLM.runtime.server.metrics import Metrics
 from sageLLM.runtime.server.prompts import EnginePrompt
@@ -154,6 +155,27 @@ class Generation:
             if pieces:
                 yield pieces
 
+    def stream_to(self, writer: ChunkWriter, framed: Callable[[Piece], bytes]) -> None:
+        """Has pieces of texts written as they arrive, if the reader of `steps` waits, so that it sleeps on.
+
+        Those about which anything is to be decided, such as first and last ones, still go to the reader.
+        """
+
+        def take(delta: Delta) -> bool:
+            if delta.finish_reason is not None or delta.logprobs is not None or delta.num_cached_tokens is not None:
+                return False
+            text = self.answers[self._of_request[delta.request_id] + delta.index].text
+            if text.num_unchecked < len(delta.token_ids) or not text.end_ids.isdisjoint(delta.token_ids):
+                return False
+            if not writer.is_ready:
+                return False
+            piece = self._piece(delta, time.monotonic())
+            if piece is not None:
+                writer.write(framed(piece))
+            return True
+
+        self.inbox.sink = take
+
     def times(self) -> RequestTimes:
         """The course of the request, for its span."""
         return RequestTimes(
@@ -177,6 +199,7 @@ class Generation:
             if answer.request_id in self._open and answer.text.finish_reason in (None, "abort"):
                 self._metrics.count_end("abort")
         self._open.clear()
+        self.inbox.sink = None  # it refers to this object
         self._admission.leave(self._ticket)
 
     def _note_first(self, now: float) -> None:

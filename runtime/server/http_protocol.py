@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
-from functools import partial
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -24,24 +23,37 @@ def protocol_of(gate: Gate) -> type[HttpToolsProtocol]:
     return BoundProtocol
 
 
-def write_chunk(cycle: RequestResponseCycle, data: bytes) -> bool:
-    """A chunk of a stream that has started, as `cycle.send` writes it, without its tasks and messages."""
-    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
-        return False
-    if not cycle.chunked_encoding or not data:  # an empty chunk would end the response
-        return False
-    send_now(cycle.transport, b"%x\r\n%b\r\n" % (len(data), data))
-    return True
+class ChunkWriter:
+    """Writes chunks of a response that has started, as `cycle.send` does, without its tasks and messages."""
+
+    __slots__ = ("_cycle", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a chunk can be written: the response is chunked and open, and the client takes its data."""
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding) and not (
+            cycle.flow.write_paused or cycle.disconnected or cycle.response_complete
+        )
+
+    def write(self, data: bytes) -> None:
+        """Writes a chunk; without data there is none, as an empty chunk would end the response."""
+        if data:
+            send_now(self._transport, b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def send_now(transport: asyncio.Transport, data: bytes) -> None:
     """Writes to the socket at once. uvloop's `write` waits until all data of this turn of the loop is read and handled.
 
-    What the socket does not take goes through the transport, and so does everything behind data in its buffer.
+    What the socket does not take goes through the transport, and so does everything behind data in its buffer. To be
+    called before `connection_lost` only, after which the descriptor may belong to another connection.
     """
     num_sent = 0
-    sock = transport.get_extra_info("socket")
-    if sock is not None and not transport.get_write_buffer_size():
+    if not transport.get_write_buffer_size():
+        sock = transport.get_extra_info("socket")
         with suppress(OSError):  # a full buffer, or an error that the transport finds too
             num_sent = os.write(sock.fileno(), data)
     if num_sent < len(data):
@@ -58,6 +70,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _num_collected = 0
     _is_in_head = True
+    _is_refused = False
+    """Whether the request that is being read has its response; the rest of it is skipped."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -68,25 +82,14 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_idle and (response := self._gate.refuse_unread(data, self.client)) is not None:
-            self._stop_deadline()
-            send_now(self.transport, response)
-            self.on_response_complete()
-            return
         self._num_collected += len(data)
         super().data_received(data)
         if self.transport.is_closing():
             return
         if self._num_collected > self._gate.settings.max_header_size:
             self._refuse(self._gate.too_long())
-        elif self._is_in_head and self._num_collected and self._deadline is None:
+        elif self._deadline is None and (self._is_refused or (self._is_in_head and self._num_collected)):
             self._start_deadline()
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether the next byte begins a request, and no response is due."""
-        is_answered = self.cycle is None or self.cycle.response_complete
-        return is_answered and self._is_in_head and not self._num_collected and not self.transport.is_closing()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg))
@@ -104,32 +107,46 @@ class LimitedProtocol(HttpToolsProtocol):
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         if num_hosts != 1 and self.parser.get_http_version() == "1.1":
             raise ValueError(f"expected one Host header, got {num_hosts}")
-        super().on_headers_complete()
+        if not self._refuse_early():
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._num_collected = 0
-        super().on_body(body)
+        if not self._is_refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_in_head, self._num_collected = True, 0
-        super().on_message_complete()
+        if not self._is_refused:
+            super().on_message_complete()
+            return
+        self._is_refused = False
+        self._stop_deadline()
+        self.on_response_complete()
 
     # --- responses without the application ---
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if (response := self._gate.refuse_early(cast(Scope, cycle.scope))) is None:
-            cycle.scope["state"]["write_chunk"] = partial(write_chunk, cycle)
-            super()._start_asgi_task(cycle, app)
-            return
+    def _refuse_early(self) -> bool:
+        """Answers a request that finds the queue full, unless the response to one before it is due."""
+        if (self.cycle is not None and not self.cycle.response_complete) or self.parser.get_method() != b"POST":
+            return False
+        response = self._gate.refuse_early(cast(Scope, self.scope), self.url)
+        if response is None:
+            return False
+        self._is_refused = True
         send_now(self.transport, response)
-        cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive:
+        if not self.parser.should_keep_alive():
             self.transport.close()
-        self.on_response_complete()
+        return True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        cycle.scope["state"]["chunk_writer"] = ChunkWriter(cycle)
+        super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: ApiError) -> None:
         """Answers a request that cannot be read, unless its response has begun; then closes the connection."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        is_begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not is_begun and not self._is_refused:
             error.headers["Connection"] = "close"
             self.transport.write(encode_response(error))
         if self.cycle is not None:

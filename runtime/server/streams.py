@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from sageLLM.runtime.server.exchange import Exchange
+from sageLLM.runtime.server.generation import Generation, Piece
 
 T = TypeVar("T")
 COMMENT = b": keep-alive\n\n"
@@ -31,9 +32,18 @@ class TextFrame:
         return self._before + msgspec.json.encode(text) + self._after
 
 
-def keep_alive(steps: AsyncIterator[T], exchange: Exchange, seconds: float) -> AsyncIterator[T]:
-    """The steps; a comment is written whenever none came for so long. 0 turns this off."""
-    return _with_comments(steps, exchange, seconds) if seconds else steps
+def steps_of(
+    generation: Generation, exchange: Exchange, seconds: float, framed: Callable[[Piece], bytes] | None
+) -> AsyncIterator[list[Piece]]:
+    """The steps of a stream; a comment is written whenever none came for so long. 0 turns this off.
+
+    `framed` makes the events of a piece with nothing but text, for which the stream's reader need not be woken.
+    """
+    if seconds:
+        return _with_comments(generation.steps(), exchange, seconds)
+    if framed is not None and exchange.writer is not None:
+        generation.stream_to(exchange.writer, framed)
+    return generation.steps()
 
 
 async def _with_comments(steps: AsyncIterator[T], exchange: Exchange, seconds: float) -> AsyncIterator[T]:

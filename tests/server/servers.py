@@ -104,6 +104,7 @@ class ScriptedChannel:
         self.submitted: dict[str, Submit] = {}
         self.aborted: list[Abort] = []
         self.arrived = threading.Semaphore(0)
+        self.is_behind = False
         self.loop: asyncio.AbstractEventLoop
 
     @property

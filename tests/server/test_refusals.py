@@ -1,4 +1,4 @@
-"""Refusals of a full queue before a request is parsed: the connection stays usable, and nothing else is skipped."""
+"""Refusals of a full queue once the head is read: the connection stays usable, and nothing else is skipped."""
 
 from __future__ import annotations
 
@@ -9,60 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-import pytest
 from servers import ScriptedChannel, TestServer, running
 
 from sageLLM.runtime.server.http_client import Address
-from sageLLM.runtime.server.whole_request import read_whole
 
 PATH = "/v1/completions"
-LINES = {f"POST {PATH} HTTP/1.1".encode(): PATH}
 BODY = b'{"prompt": [1], "max_tokens": 1}'
-LENGTH = b"Content-Length: %d" % len(BODY)
 
 
 def request(*headers: str, body: bytes = BODY, path: str = PATH) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-def test_a_common_request_is_read() -> None:
-    found = read_whole(request("Connection: Keep-Alive", "X-Request-Id:  a b "), LINES)
-    assert found is not None and found.path == PATH
-    assert found.headers[-1] == (b"x-request-id", b"a b") and (b"host", b"a") in found.headers
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        request(path="/v1/other"),
-        request().replace(b"HTTP/1.1", b"HTTP/1.0"),
-        request()[:-1],
-        request() + b"x",
-        request() + request(),
-        request()[:30],
-        request().replace(b"\r\n", b"\n"),
-        request("Transfer-Encoding: chunked"),
-        request(LENGTH.decode()),
-        request("Host: b"),
-        request("Expect: 100-continue"),
-        request("Connection: close"),
-        request("Upgrade: websocket"),
-        request("A: b\n c"),
-        request("A: b", " folded"),
-        request("A : b"),
-        request(": b"),
-        request("A: \0"),
-        request("A: b\rc: d"),
-        request("no colon"),
-        request().replace(LENGTH, LENGTH.replace(b" ", b" +")),
-        request().replace(LENGTH, b"Content-Length: " + b"9" * 5000),
-        request().replace(LENGTH + b"\r\n", b""),
-        request().replace(b"Host: a\r\n", b""),
-    ],
-)
-def test_all_else_is_left_to_the_parser(data: bytes) -> None:
-    assert read_whole(data, LINES) is None
 
 
 @contextmanager
@@ -115,6 +72,24 @@ def test_a_connection_stays_in_step_however_its_requests_arrive() -> None:
         assert (status, headers["x-request-id"], json.loads(body)["type"]) == (429, "mine", "error")
         assert refusals(server, "requests") == 11
         assert f'http_requests_total{{handler="{PATH}",method="POST",status="4xx"}} 10.0' in server.get("/metrics").text
+
+
+def test_a_refused_request_ends_its_connection_if_it_says_so_or_is_damaged() -> None:
+    chunked = request("Transfer-Encoding: chunked").replace(b"Content-Length: %d\r\n" % len(BODY), b"")
+    damaged = chunked.replace(BODY, b"x\r\n")
+    with full_server() as (server, _):
+        for data in (request("Connection: close"), request().replace(b"HTTP/1.1", b"HTTP/1.0"), damaged):
+            with closing(connect(server)) as sock:
+                sock.sendall(data)
+                assert [status for status, *_ in responses(sock, 1)] == [429]
+                assert sock.recv(1) == b""
+
+
+def test_the_rest_of_a_refused_request_must_arrive_in_time() -> None:
+    with full_server(header_timeout=0.2) as (server, _), closing(connect(server)) as sock:
+        sock.sendall(request()[:-1])
+        assert [status for status, *_ in responses(sock, 1)] == [429]
+        assert sock.recv(1) == b""
 
 
 def refusals(server: TestServer, reason: str) -> int:
