@@ -45,7 +45,7 @@ class EngineLostError(EngineError):
 class Inbox:
     """The deltas that a handler has not taken yet, of one or more requests. `take` waits for new ones.
 
-    While the handler waits, `sink` is offered each delta, and returns whether it has dealt with it.
+    While the handler waits, `sink` is offered the deltas that arrive, and returns whether it has dealt with them.
     """
 
     __slots__ = ("_deltas", "_error", "_waiter", "sink")
@@ -54,20 +54,19 @@ class Inbox:
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the only handler
-        self.sink: Callable[[Delta], bool] | None = None
+        self.sink: Callable[[list[Delta]], bool] | None = None
 
-    def push(self, delta: Delta, *, joins: bool = False) -> None:
-        """With `joins` the delta waits for the handler, which takes it together with those that follow."""
+    def push(self, deltas: list[Delta]) -> None:
         waiter = self._waiter
         if waiter is not None:
-            if self.sink is not None and not joins and self._is_taken(self.sink, delta):
+            if self.sink is not None and self._is_taken(self.sink, deltas):
                 return
             self._wake(waiter)
-        self._deltas.append(delta)
+        self._deltas += deltas
 
-    def _is_taken(self, sink: Callable[[Delta], bool], delta: Delta) -> bool:
+    def _is_taken(self, sink: Callable[[list[Delta]], bool], deltas: list[Delta]) -> bool:
         try:
-            return sink(delta)
+            return sink(deltas)
         except Exception as error:  # of this request, not of the engine's connection
             self.fail(error)
             return True
@@ -101,6 +100,7 @@ class EngineClient:
         self._make_channel = make_channel
         self._channel: Channel | None = None
         self._inboxes: dict[str, Inbox] = {}
+        self._arrived: dict[Inbox, list[Delta]] = {}  # not handed over yet
         self._embeddings: dict[str, asyncio.Future[list[bytes]]] = {}
         self._started: asyncio.Future[Ready] | None = None
         self._tokenizer: SetTokenizer | None = None
@@ -203,12 +203,15 @@ class EngineClient:
     def _on_event(self, channel: Channel, event: Event) -> None:
         if channel is not self._channel:
             return
+        if not isinstance(event, Step):
+            self._deliver()
         match event:
             case Step(deltas=deltas, load=load):
-                joins = channel.is_behind
                 for delta in deltas:
                     if (inbox := self._inboxes.get(delta.request_id)) is not None:
-                        inbox.push(delta, joins=joins)
+                        self._arrived.setdefault(inbox, []).append(delta)
+                if not channel.is_behind:
+                    self._deliver()
                 if load is not None:
                     self.load = load
                     self.on_load(load)
@@ -227,6 +230,12 @@ class EngineClient:
                 LOG.error("the engine crashed: %s", message)
                 self._settle_start(EngineError(message))
 
+    def _deliver(self) -> None:
+        """Hands over what has arrived: deltas of several steps at once, if this process is behind the engine."""
+        arrived, self._arrived = self._arrived, {}
+        for inbox, deltas in arrived.items():
+            inbox.push(deltas)
+
     def _settle_start(self, result: Ready | Exception) -> None:
         if self._started is None or self._started.done():
             return
@@ -238,6 +247,7 @@ class EngineClient:
     def _on_lost(self, channel: Channel, reason: str) -> None:
         if channel is not self._channel or self.state == "closed":
             return
+        self._deliver()
         if self.state == "starting":
             self._settle_start(EngineError(reason))
             return

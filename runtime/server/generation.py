@@ -161,20 +161,26 @@ class Generation:
         Those about which anything is to be decided, such as first and last ones, still go to the reader.
         """
 
-        def take(delta: Delta) -> bool:
-            if delta.finish_reason is not None or delta.logprobs is not None or delta.num_cached_tokens is not None:
+        def take(deltas: list[Delta]) -> bool:
+            num_tokens = sum(len(delta.token_ids) for delta in deltas)
+            if not writer.is_ready or not all(self._is_plain(delta, num_tokens) for delta in deltas):
                 return False
-            text = self.answers[self._of_request[delta.request_id] + delta.index].text
-            if text.num_unchecked < len(delta.token_ids) or not text.end_ids.isdisjoint(delta.token_ids):
-                return False
-            if not writer.is_ready:
-                return False
-            piece = self._piece(delta, time.monotonic())
-            if piece is not None:
-                writer.write(framed(piece))
+            now = time.monotonic()
+            pieces = [piece for delta in deltas if (piece := self._piece(delta, now)) is not None]
+            writer.write(b"".join(map(framed, pieces)))
             return True
 
         self.inbox.sink = take
+
+    def _is_plain(self, delta: Delta, num_tokens: int) -> bool:
+        """Whether it only has tokens, and no rule of the answer applies to its next `num_tokens`."""
+        if delta.finish_reason is not None or delta.logprobs is not None or delta.num_cached_tokens is not None:
+            return False
+        text = self._answer(delta).text
+        return text.num_unchecked >= num_tokens and text.end_ids.isdisjoint(delta.token_ids)
+
+    def _answer(self, delta: Delta) -> Answer:
+        return self.answers[self._of_request[delta.request_id] + delta.index]
 
     def times(self) -> RequestTimes:
         """The course of the request, for its span."""
@@ -208,7 +214,7 @@ class Generation:
         self._metrics.time_to_first_token.observe(now - self._arrival)
 
     def _piece(self, delta: Delta, now: float) -> Piece | None:
-        answer = self.answers[self._of_request[delta.request_id] + delta.index]
+        answer = self._answer(delta)
         if answer.is_finished:
             return None
         if delta.num_cached_tokens is not None:
