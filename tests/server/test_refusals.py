@@ -78,10 +78,16 @@ def test_a_refused_request_ends_its_connection_if_it_says_so_or_is_damaged() -> 
     chunked = request("Transfer-Encoding: chunked").replace(b"Content-Length: %d\r\n" % len(BODY), b"")
     damaged = chunked.replace(BODY, b"x\r\n")
     with full_server() as (server, _):
-        for data in (request("Connection: close"), request().replace(b"HTTP/1.1", b"HTTP/1.0"), damaged):
+        long = request().replace(b"Content-Length: ", b"Content-Length: " + b"9" * 5000)
+        for data, expected in (
+            (request("Connection: close"), 429),
+            (request().replace(b"HTTP/1.1", b"HTTP/1.0"), 429),
+            (damaged, 429),
+            (long, 400),
+        ):
             with closing(connect(server)) as sock:
                 sock.sendall(data)
-                assert [status for status, *_ in responses(sock, 1)] == [429]
+                assert [status for status, *_ in responses(sock, 1)] == [expected]
                 assert sock.recv(1) == b""
 
 
