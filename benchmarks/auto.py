@@ -2,8 +2,11 @@
 
     python benchmarks/auto.py [--num-requests N] [--seeds 0,1] [--only TEXT]
     python benchmarks/auto.py --random 100 [--first 0] [--num-requests 300]
+    python benchmarks/auto.py --moved 8 [--seeds 0,1] [--only TEXT]
 
 The second form plays random loads, from light ones to overload, and prints the distribution of the largest regret.
+The third plays each load several times, with arrivals moved at random by up to a millisecond, to show what is chance:
+the largest regret of the means over these times, and how far the best fixed mode is from itself.
 Traffic has the length distributions of Azure's traces of 2023 (median and 90th percentile) and Poisson arrivals; the
 step times are the roofline of Llama-3.1-8B on H100s. `regret` is the best fixed mode minus `auto` in points, negative
 where `auto` is better than every fixed mode: over the whole run, and the largest one over its first n requests, for all
@@ -12,9 +15,10 @@ n from 100 on. Simulated, so the same command prints the same figures.
 
 import argparse
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
@@ -26,9 +30,11 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.sim.metrics import Slo
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation
-from sageLLM.runtime.sim.trace import Lengths, synthetic
+from sageLLM.runtime.sim.trace import Lengths, TraceRequest, synthetic
 
 NUM_FIRST = 100
+MOVED_BY_S = 0.001
+"""The most by which `--moved` delays an arrival."""
 LIMIT = 2.0
 """Points of regret that mode `auto` should not exceed."""
 LLAMA_8B = {
@@ -88,8 +94,25 @@ def cost() -> RooflineStepCost:
     return RooflineStepCost(layout, layout.read_config(HFConfig(LLAMA_8B)), HARDWARE["h100"])
 
 
+def requests_of(load: Load, num_requests: int, seed: int) -> list[TraceRequest]:
+    """The requests of a load."""
+    return synthetic(num_requests, load.rate, *TRAFFIC[load.traffic], seed=seed)
+
+
+def moved(trace: Sequence[TraceRequest], number: int) -> list[TraceRequest]:
+    """The same requests, each up to `MOVED_BY_S` later, in the same order; unchanged for number 0."""
+    draw = random.Random(number)
+    times = sorted(one.arrival_s + (draw.uniform(0, MOVED_BY_S) if number else 0.0) for one in trace)
+    return [replace(one, arrival_s=arrival_s) for one, arrival_s in zip(trace, times, strict=True)]
+
+
 def play(mode: str, load: Load, num_requests: int, seed: int) -> Good:
     """Serve the load in this mode."""
+    return serve(mode, load, requests_of(load, num_requests, seed))
+
+
+def serve(mode: str, load: Load, trace: Sequence[TraceRequest]) -> Good:
+    """Serve these requests in this mode, with the devices and the objective of the load."""
     name, limits = MODES[mode]
     setup = Setup(
         cost(),
@@ -101,7 +124,6 @@ def play(mode: str, load: Load, num_requests: int, seed: int) -> Good:
         enable_prefix_caching=False,
         objective=ServiceObjective(load.slo.ttft_s, load.slo.tpot_s),
     )
-    trace = synthetic(num_requests, load.rate, *TRAFFIC[load.traffic], seed=seed)
     return [load.slo.is_met(timeline) for timeline in Simulation(make_cluster(name, setup)).run(trace)]
 
 
@@ -119,6 +141,54 @@ def regret(found: dict[str, Good], num: int | None = None) -> float:
 def largest_regret(found: dict[str, Good]) -> float:
     """The largest regret over the first n requests, for n from NUM_FIRST on."""
     return max(regret(found, num) for num in range(NUM_FIRST, len(found["auto"]) + 1))
+
+
+def means(played: Sequence[Good]) -> list[float]:
+    """The mean number that met the objective of the first n requests, for n from NUM_FIRST on."""
+    return [sum(counts) / len(played) for counts in zip(*map(from_first, played), strict=True)]
+
+
+def from_first(good: Good) -> list[int]:
+    """The number that met the objective of the first n requests, for n from NUM_FIRST on."""
+    return list(accumulate(good))[NUM_FIRST - 1 :]
+
+
+def largest_gap(better: Sequence[float], worse: Sequence[float]) -> float:
+    """The largest difference in points over the first n requests, from counts of `from_first` or `means`."""
+    return max(100 * (a - b) / n for n, (a, b) in enumerate(zip(better, worse, strict=True), NUM_FIRST))
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Effect of moved arrivals in points, each the largest over the first n requests."""
+
+    regret: float
+    """Of the means."""
+    num_above: int
+    """Times of which the regret is above LIMIT."""
+    num_times: int
+    of_itself: float
+    """The best fixed mode with unmoved arrivals minus itself with moved ones, or the reverse, whichever is most."""
+
+    def __str__(self) -> str:
+        times = f"{self.num_above} of {self.num_times}"
+        return f"{self.regret:.1f} | {times} | {self.of_itself:.1f}"
+
+
+def chance(load: Load, num_requests: int, seed: int, num_times: int) -> Chance:
+    """Play the load `num_times` times with moved arrivals."""
+    traces = [moved(requests_of(load, num_requests, seed), number) for number in range(num_times)]
+    played = {mode: [serve(mode, load, trace) for trace in traces] for mode in MODES}
+    fixed = [mode for mode in MODES if mode != "auto"]
+    auto = means(played["auto"])
+    counts = [from_first(good) for good in played[max(fixed, key=lambda mode: means(played[mode])[-1])]]
+    regrets = [largest_regret({mode: played[mode][number] for mode in MODES}) for number in range(num_times)]
+    return Chance(
+        max(largest_gap(means(played[mode]), auto) for mode in fixed),
+        sum(one > LIMIT for one in regrets),
+        num_times,
+        max(max(largest_gap(counts[0], one), largest_gap(one, counts[0])) for one in counts[1:]),
+    )
 
 
 def random_load(number: int) -> tuple[Load, int]:
@@ -151,6 +221,14 @@ def distribution(largest: list[float]) -> str:
     )
 
 
+def print_chance(args: argparse.Namespace) -> None:
+    """Print what moved arrivals change."""
+    print("| traffic | rate | devices | TTFT, TPOT s | regret of the means | above | fixed mode of itself | seed |")
+    print("|---" * 8 + "|")
+    for load, seed in loads(args):
+        print(f"| {load} | {chance(load, args.num_requests, seed, args.moved)} | {seed} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-requests", type=int, default=500)
@@ -158,7 +236,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="loads with this text, such as 'code | 40'")
     parser.add_argument("--random", type=int, default=0, help="number of random loads instead of the fixed ones")
     parser.add_argument("--first", type=int, default=0, help="number of the first random load")
+    parser.add_argument("--moved", type=int, default=0, help="times to play each load with moved arrivals, 2 at least")
     args = parser.parse_args()
+    if args.moved:
+        print_chance(args)
+        return
     print("| traffic | rate | devices | TTFT, TPOT s |", " | ".join(MODES), "| regret | largest | seed |")
     print("|---" * (len(MODES) + 7) + "|")
     found_largest: list[float] = []

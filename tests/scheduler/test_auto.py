@@ -198,6 +198,7 @@ def test_a_bounded_number_of_steps_is_computed_per_choice(monkeypatch: pytest.Mo
     for i in range(8):
         seen(chooser, 0.1 * i, 300, 0, is_over=False)
     first = chooser.choose(one.view)
+    assert chooser._pending
     while chooser._pending:
         steps.clear()
         choice = chooser.choose(one.view)
