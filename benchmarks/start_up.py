@@ -15,6 +15,7 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("import torch", "import", "load", "first token", "total", "weights MB", "resident MB", "peak MB")
@@ -47,8 +48,8 @@ def run(folder: Path) -> dict[str, float]:
     return found
 
 
-def start(folder: Path) -> dict[str, float]:
-    """The figures of this process."""
+def start(folder: Path, **options: Any) -> dict[str, float]:
+    """The figures of this process; `options` are those of LLM."""
     import time
 
     times = [time.perf_counter()]
@@ -59,7 +60,7 @@ def start(folder: Path) -> dict[str, float]:
 
     times.append(time.perf_counter())
     before = memory_mb("VmRSS")
-    llm = LLM(folder, skip_tokenizer=True, enable_prefix_caching=False)
+    llm = LLM(folder, skip_tokenizer=True, enable_prefix_caching=False, **options)
     times.append(time.perf_counter())
     llm.generate([list(range(1, 9))], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
     times.append(time.perf_counter())

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sageLLM.runtime.quantize.scheme import Grid, Scheme
 
+CHUNK = 2**20
+"""Elements that are rounded at a time: with more, their intermediate results leave the caches."""
 F8_LARGEST = 448.0
 """The largest value of float8 e4m3."""
 
@@ -36,9 +38,21 @@ class Rounding:
     dtype: torch.dtype
 
     def nearest(self, weight: Tensor) -> Codes:
-        """Each element of a weight [N, K] rounded to the nearest code."""
+        """Each element of a weight [N, K] rounded to the nearest code, some rows at a time."""
         grid = self.scheme.grid(tuple(weight.shape))
-        weight = weight.float()
+        step = max(1, CHUNK // weight.shape[1] // grid.rows) * grid.rows
+        parts = [self._nearest(weight[start : start + step].float(), grid) for start in range(0, len(weight), step)]
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [one.zeros for one in parts if one.zeros is not None]
+        return Codes(
+            torch.cat([one.codes for one in parts]),
+            torch.cat([one.scales for one in parts]),
+            torch.cat(zeros) if zeros else None,
+            grid,
+        )
+
+    def _nearest(self, weight: Tensor, grid: Grid) -> Codes:
         scales, zeros = self.parameters(weight, grid)
         empty = Codes(weight, scales, zeros, grid)
         codes = self.codes(weight, _spread(scales, empty), _spread(zeros, empty))
