@@ -12,7 +12,10 @@ Constant = Annotated[int, Field(ge=1, le=2**16)]
 class ConfigurationSpec(Strict):
     """The constants of a template for sizes up to some bounds, or the reason why the reference runs instead."""
 
-    up_to: dict[str, Constant] = Field(default={}, description="size -> the greatest value; E is bytes per element")
+    up_to: dict[str, Constant] = Field(
+        default={},
+        description="size -> the greatest value; E is bytes per element, G the heads of a group, ODD its odd factor",
+    )
     use: dict[str, Constant] | None = Field(default=None, description="constant of the template -> value")
     reference: str | None = Field(default=None, description="the reason why the reference runs at these sizes")
 

@@ -381,9 +381,10 @@ def paged_prefill_attention(
     One launch computes the sequences with one row, which are decodes, and one those with more.
     """
     (T, Nq, D), (_, BS, Nkv, Dv), B = q.shape, v_cache.shape, seq_lens.shape[0]
+    G, LATENT = Nq // Nkv, is_latent(k_cache, v_cache)
     use, decode = (
-        choose("paged_prefill", E=q.element_size(), D=D, Dv=Dv),
-        choose("paged_decode", E=q.element_size(), D=D, Dv=Dv),
+        choose("paged_prefill", E=q.element_size(), D=D, Dv=Dv, ODD=G // (G & -G)),
+        choose("paged_decode", E=q.element_size(), D=D, Dv=Dv, G=G),
     )
     if use is None or decode is None:
         return reference_paged_prefill_attention(
@@ -403,7 +404,6 @@ def paged_prefill_attention(
     o = torch.empty(T, Nq, Dv, dtype=q.dtype, device=q.device)
     if T == 0:
         return o
-    G, LATENT = Nq // Nkv, is_latent(k_cache, v_cache)
     plan = DecodePlan.of(decode, B, Nq, Nkv, D, Dv, block_table.shape[1] * BS)
     parts, part_lse, arrived = plan.workspace(B, q.device, "paged_prefill_attention")
     _paged_prefill_attention_split[plan.grid](
@@ -728,7 +728,7 @@ def paged_decode_attention(
     The grid follows the number of sequences and the device, so nothing is read from it, and a CUDA graph can hold it.
     """
     (B, Nq, D), (_, BS, Nkv, Dv) = q.shape, v_cache.shape
-    use = choose("paged_decode", E=q.element_size(), D=D, Dv=Dv)
+    use = choose("paged_decode", E=q.element_size(), D=D, Dv=Dv, G=Nq // Nkv)
     if use is None:
         return reference_paged_decode_attention(
             q,

@@ -65,6 +65,18 @@ TARGETS: dict[str, Target] = {
                     },
                 ),
                 Configuration(
+                    {"E": 2, "D": 576, "Dv": 512, "G": 1},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 16,
+                        "PROGRAMS": 3,
+                        "WARPS": 8,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
                     {"E": 2, "D": 576, "Dv": 512},
                     {
                         "SPLIT": 256,
@@ -445,7 +457,10 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 64, "BLOCK_N": 16, "WARPS": 8, "STAGES": 2}),
+                Configuration(
+                    {"E": 2, "D": 576, "Dv": 512, "ODD": 1}, {"BLOCK_M": 64, "BLOCK_N": 16, "WARPS": 8, "STAGES": 2}
+                ),
+                Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "D": 576, "Dv": 576},

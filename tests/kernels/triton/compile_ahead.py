@@ -56,7 +56,7 @@ NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 OPCODES = r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.(?:\w+\.)*128)"
 DISASSEMBLED = {"_fused_add_rms_norm_rows", "_silu_mul_kernel", "_linear_kernel", "_paged_prefill_attention_kernel"}
 DISASSEMBLED |= {"_paged_decode_attention_split", "_paged_prefill_attention_split", "_expert_linear_kernel"}
-DISASSEMBLED |= {"_linear_silu_mul_kernel"}
+DISASSEMBLED |= {"_linear_silu_mul_kernel", "_router_logits_kernel"}
 
 SIZES = {"R": 32, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
@@ -119,12 +119,11 @@ def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
     Every head size occurs with every element type and group. The group is a constant of the kernels, which divide
     by it and mask rows with it, so no two groups are the same code, even if their tiles of heads are the same. But the
     kernels that prompts share with decode steps, which differ in the search of a sequence's row, are compiled for the
-    two tiles of heads only: of groups up to 16, and above. Latent attention has one key head: its group, the heads
-    of a rank, is a power of two in all models that have it.
+    two tiles of heads only: of groups up to 16, and above. Latent attention has one key head: its group is the heads
+    of a rank.
     """
     for (D, Dv), dtype in product(HEAD_SIZES, DTYPES):
-        groups = [G for G in GROUPS if D != 576 or G.bit_count() == 1]
-        for name, G in product(("paged_prefill_attention", "paged_decode_attention", "varlen_attention"), groups):
+        for name, G in product(("paged_prefill_attention", "paged_decode_attention", "varlen_attention"), GROUPS):
             heads = {"D": D, "Dv": Dv, "Nkv": 1 if D == 576 else 2, "Nq": G if D == 576 else 2 * G}
             if name in ops and (Dv == D or name != "varlen_attention"):
                 label = f"{name} {D}{f'/{Dv}' * (Dv != D)} {dtype}"

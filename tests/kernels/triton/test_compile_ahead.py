@@ -34,7 +34,7 @@ ALL = CHOSEN != ""
 ACCEPT = ALL and os.environ.get("SAGELLM_ACCEPT") == "1"
 SAMPLE = {
     "sm_90": "silu_mul,fused_add_rms_norm,rope,combine_experts,paged_prefill_attention,"
-    "linear_silu_mul,expert_linear,topk_router,kv_store,sample",
+    "linear_silu_mul,expert_linear,router_logits,topk_router,kv_store,sample",
     "gfx942": "fused_add_rms_norm,linear,topk_router,sample",
 }
 FORMS = "scan_all,top_router,i8_arithmetic,powers"
@@ -143,15 +143,21 @@ COPIES = "LDGSTS.E"
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_and_gemms_use_matrix_units(report: dict[str, Report], target: str) -> None:
-    """On Hopper prompts use wgmma, which requires tiles of at least 64 rows; few rows use the older instructions."""
+    """Prompts use wgmma on Hopper and tcgen05 on Blackwell, which require tiles of at least 64 rows.
+
+    Few rows use the older instructions, as do prompts of latent attention on Hopper, and on Blackwell if their group
+    is no power of two.
+    """
     used = {name: " ".join(needs["opcodes"]) for name, needs in compiled_of(report, target).items()}
     few = "MFMA" if target == "gfx942" else "HMMA"
     expected = {"_paged_prefill_attention_kernel": MATRIX_UNITS[target], "_paged_prefill_attention_split": few}
     expected |= {"_linear_kernel": few, "_linear_silu_mul_kernel": few, "_expert_linear_kernel": few}
+    expected |= {"_router_logits_kernel": few}
     for name in used:  # at many sizes, if `make aot` compiled them
         if re.match(r"(paged|linear|expert_linear).* b?f16 .*(?<!_routing_)(kernel|split)$", name):
             is_wide = name.endswith("kernel") and re.search("attention|512 rows|4096 rows", name)
-            expected[name] = MATRIX_UNITS[target] if is_wide and (target, "576" in name) != ("sm_90", True) else few
+            is_small = "576" in name and (target == "sm_90" or (target == "sm_100" and re.search("group [357]", name)))
+            expected[name] = MATRIX_UNITS[target] if is_wide and not is_small else few
     present = expected.keys() & used.keys()
     assert present
     assert {name: used[name] for name in present if expected[name] not in used[name]} == {}
