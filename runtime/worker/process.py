@@ -175,8 +175,8 @@ def reason_of_failure(error: Exception) -> str:
 
 
 def facts_of(spec: WorkerSpec, executor: InProcessExecutor) -> dict[str, str]:
-    """What all ranks must agree on."""
-    if spec.num_ranks == 1:
+    """What all ranks must agree on, and a worker that starts again while others have its KV."""
+    if spec.num_ranks == 1 and spec.group is None:
         return {}
     runner = executor.decoder.runner
     return fingerprint(Path(spec.model), runner.model, runner.compiler)

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from multiprocessing.connection import wait as wait_for
@@ -71,6 +71,7 @@ class ProcessExecutor:
         self._pending: deque[tuple[float, Future[list[StepResult]]]] = deque()
         self._cluster_finalizer = None if cluster is None else weakref.finalize(self, Cluster.close, cluster)
         self._group = self._start_group()
+        self._facts = self._group.facts
         self._finalizer = weakref.finalize(self, _Group.end, self._group)
         self._start_reader()
 
@@ -144,6 +145,9 @@ class ProcessExecutor:
             self._group = self._start_group()
         except SageError as error:  # the checkpoint has changed since the first start
             raise EngineError(f"the workers do not start again: {error}") from error
+        if (differing := difference(self._facts, self._group.facts)) is not None:
+            self._group.end()
+            raise EngineError(f"the workers do not start again: the checkpoint has changed meanwhile, {differing}")
         self._finalizer = weakref.finalize(self, _Group.end, self._group)
         self._start_reader()
 
@@ -188,6 +192,7 @@ class _Group:
         self.ranks: list[Rank | RemoteRank] = []
         self.lost: str | None = None
         self.addresses: list[str] = []
+        self.facts: Mapping[str, str] = {}
         self.io_reports: queue.SimpleQueue[tuple[int, list[IoReport]]] = queue.SimpleQueue()
         self._folder, self._cluster = folder, cluster
         self._store: TCPStore | None = None
@@ -222,12 +227,11 @@ class _Group:
             self.ranks += self._cluster.start(spec)
 
     def _await_ranks(self, deadline: float) -> None:
-        first: Ready | None = None
         for rank in self.ranks:
             ready = await_ready(rank, deadline)
-            first = first or ready
+            self.facts = self.facts or ready.facts
             self.addresses.append(ready.address)
-            if (differing := difference(first.facts, ready.facts)) is not None:
+            if (differing := difference(self.facts, ready.facts)) is not None:
                 raise EngineError(f"{rank.name} differs from rank 0: {differing}; all ranks must agree")
 
     def lose(self, reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.pd_timeline import STEPS, TRANSFERS
-from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.loader.checkpoint_index import SINGLE_FILE
 from sageLLM.runtime.scheduler.transfer import TransferConfig
 from sageLLM.runtime.transport.nixl import has_nixl
 
@@ -34,9 +37,9 @@ PARAMS = [
 ]
 
 
-def load(*, by_layer: bool = False, **options: Any) -> LLM:
+def load(folder: Path = MODEL, *, by_layer: bool = False, **options: Any) -> LLM:
     config = PDSchedulerConfig(mode="strict", max_prefill_tokens=32, transfer=TransferConfig(by_layer=by_layer))
-    return LLM(MODEL, dtype="float32", max_model_len=256, scheduler=config, **options)
+    return LLM(folder, dtype="float32", max_model_len=256, scheduler=config, **options)
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
@@ -180,6 +183,21 @@ def test_killed_workers_cost_no_request(several: LLM, alone: LLM, caplog: pytest
         several.generate(PROMPTS[:1], GREEDY)  # the last kill may be noticed after the answers have ended
     assert "was killed by signal 9" in caplog.text
     assert_free(several)
+
+
+def test_a_worker_does_not_start_again_with_other_weights(tmp_path: Path) -> None:
+    """The other workers have KV of the first ones."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    llm = load(folder, prefill_workers=1, decode_workers=1)
+    weights = load_file(folder / SINGLE_FILE)
+    name = next(one for one in weights if "down_proj" in one)
+    save_file(weights | {name: weights[name] * 1.01}, folder / "new")
+    (folder / "new").replace(folder / SINGLE_FILE)
+    os.kill(engine_of(llm).executor.process_ids[0], signal.SIGKILL)
+    with pytest.raises(EngineError, match="the checkpoint has changed meanwhile, weights: "):
+        llm.generate(PROMPTS[:1], GREEDY)
+    llm.close()
 
 
 @pytest.mark.parametrize(
