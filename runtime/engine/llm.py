@@ -12,10 +12,11 @@ from sageLLM.runtime.engine.arguments import Backend
 from sageLLM.runtime.engine.calls import SharedEngine
 from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
-from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
+from sageLLM.runtime.engine.embedding_requests import choose_pooling
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.options import LLMOptions
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.prompt_ids import PromptIds, no_tokenizer
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -27,7 +28,7 @@ from sageLLM.runtime.engine.prompts import (
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
 from sageLLM.runtime.engine.start_llm import start_llm
-from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
+from sageLLM.runtime.errors import PromptError, RequestError, SageError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.executor.weight_stats import WeightStats, weight_stats
@@ -39,7 +40,6 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.group_transfers import LoadFailurePolicy
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
-from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.worker.build import WeightsTier
 from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_group import TransportName
@@ -178,6 +178,7 @@ class LLM:
             exclusive=self.shared.exclusive,
         )
         self._recipe = read_recipe(Path(model))
+        self._prompt_ids = PromptIds(self.tokenizer, self._recipe, self.model.max_model_len)
         self._ids = itertools.count()
         self._chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
 
@@ -254,7 +255,7 @@ class LLM:
         types = type_ids_per_prompt(len(items), type_ids)
         chosen = choose_pooling(pooling, self.model.layout, self._recipe)
         inputs = [
-            EmbeddingInput(self._embedding_ids(item, prompt_name), type_)
+            EmbeddingInput(self._prompt_ids.to_embed(item, prompt_name), type_)
             for item, type_ in zip(items, types, strict=True)
         ]
         for one in inputs:
@@ -334,7 +335,7 @@ class LLM:
         Raises ChatTemplateError for a template that rejects the messages, and RequestError for an invalid argument.
         """
         if self._chat is None:
-            raise _no_tokenizer("chat")
+            raise no_tokenizer("chat")
         prompts, is_batch = self._chat.render(
             messages,
             chat_template=chat_template,
@@ -379,25 +380,4 @@ class LLM:
     ) -> RequestGroup:
         if request_id is None:
             request_id = next(new for new in map(str, self._ids) if not self.shared.is_live(new))
-        return self.engine.prepare(request_id, prompt.text, self._token_ids(prompt), params, traits)
-
-    def _token_ids(self, prompt: ParsedPrompt) -> list[int]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids
-        return self._required_tokenizer("a text prompt").encode(prompt.text or "")
-
-    def _embedding_ids(self, prompt: ParsedPrompt, prompt_name: str | None) -> list[int]:
-        prompt_text(prompt_name, self._recipe)  # an unknown name is an error for token ids too
-        if prompt.token_ids is not None:
-            return prompt.token_ids
-        tokenizer = self._required_tokenizer("a text prompt")
-        return embedding_ids(prompt.text or "", prompt_name, self._recipe, tokenizer, self.model.max_model_len)
-
-    def _required_tokenizer(self, use: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise _no_tokenizer(use)
-        return self.tokenizer
-
-
-def _no_tokenizer(use: str) -> TokenizerError:
-    return TokenizerError(f"{use} requires the tokenizer; load the model without skip_tokenizer, or pass token ids")
+        return self.engine.prepare(request_id, prompt.text, self._prompt_ids.to_generate(prompt), params, traits)

@@ -1,7 +1,7 @@
 """Loads a model: its layout, its configuration, and its weights and tables on one device."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -150,55 +150,32 @@ def load_model(
     """
     path = folder / "config.json"
     data = read_config_file(path)
-    layout = layout_of(data, path, registry.models)
-    refuse_unsupported(find_in_config(data, folder), folder, registry.methods)
-    try:
-        config = layout.read_config(HFConfig(data, str(path)))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+    layout, config = _read_config(data, path, registry)
     length = _model_len(config.longest, max_model_len, path)
     kv_form = choose_kv_form(kv_cache_dtype, layout, config)
     stage = PipelineStage(rank // tp, pp) if has_weights else WHOLE
     checkpoint = open_checkpoint(folder, registry)
     kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
-    names = checkpoint.names
-    may_lack_head = is_bare(layout, names) or not layout.generates
     try:
-        shapes = {name: tensor.shape for name, tensor in checkpoint.stored().items()}
-        layout = with_stored_shapes(with_stored_names(layout, names), shapes)
-        layout = with_stored_ties(layout, config, names, partial(have_equal_values, checkpoint, kind))
-        head = absent_head(layout, config, names) if may_lack_head else ()
-        layout = without_weights(layout, head) if head else layout
-        _check(layout, config, checkpoint, registry.methods)
+        layout, head = _fit_layout(layout, config, checkpoint, kind, registry.methods)
         if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
             raise CheckpointError(reason)
         option = f"af='A:Fx{tp}'" if role == "ffn" else f"tensor_parallel_size={tp}"
-        whole, own = config, rank_config(layout, config, rank % tp, tp, option, expert_parallel=expert_parallel)
-        config = own if has_weights else whole
+        own = rank_config(layout, config, rank % tp, tp, option, expert_parallel=expert_parallel)
+        held = own if has_weights else config
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
-        tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
-        weights: dict[str, Weight] = {}
-        dequantized: dict[str, str] = {}
-        share = NO_WEIGHTS
+        tables = _tables(held, length, device if has_weights else torch.device("cpu"), path)
+        share, weights, dequantized = NO_WEIGHTS, dict[str, Weight](), dict[str, str]()
         if has_weights:
-            specs = weights_of_stage(layout, whole, stage)
-            if role is not None:
-                specs = [spec for spec in specs if is_ffn_weight(layout, spec.name) == (role == "ffn")]
-            divided = tuple(map(by_experts, specs) if own.ep > 1 else specs)
-            share = WeightShare(divided, rank % tp, tp)
-            if not is_streamed:
-                if keeps_codes:
-                    found = load_coded_weights(
-                        divided, checkpoint, kind, rank=rank % tp, tp=tp, dequantized=dequantized
-                    )
-                    weights = dict(found)
-                else:
-                    weights = dict(load_weights(divided, checkpoint, kind, device, rank=rank % tp, tp=tp))
+            specs = _weights_of_role(layout, weights_of_stage(layout, config, stage), role)
+            share = WeightShare(tuple(map(by_experts, specs) if own.ep > 1 else specs), rank % tp, tp)
+        if has_weights and not is_streamed:
+            weights, dequantized = _read(share, checkpoint, kind, device, keeps_codes=keeps_codes)
     finally:
         checkpoint.close()
     return Model(
         layout=layout,
-        config=config,
+        config=held,
         dtype=kind,
         device=device,
         max_model_len=length,
@@ -210,6 +187,51 @@ def load_model(
         dequantized=dequantized,
         kv_form=kv_form,
     )
+
+
+def _read_config(data: dict[str, Any], path: Path, registry: Registry) -> tuple[ModelLayout, Any]:
+    """The layout of a config.json, and what it reads from it. Raises CheckpointError if there is none."""
+    layout = layout_of(data, path, registry.models)
+    refuse_unsupported(find_in_config(data, path.parent), path.parent, registry.methods)
+    try:
+        return layout, layout.read_config(HFConfig(data, str(path)))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _fit_layout(
+    layout: ModelLayout, config: Any, checkpoint: Checkpoint, kind: torch.dtype, methods: Mapping[str, QuantMethod]
+) -> tuple[ModelLayout, tuple[str, ...]]:
+    """The layout with the names, shapes and ties of the checkpoint, and the weights of a head that it may lack.
+
+    Raises CheckpointError if the tensors are not those of the layout.
+    """
+    names = checkpoint.names
+    may_lack_head = is_bare(layout, names) or not layout.generates
+    shapes = {name: tensor.shape for name, tensor in checkpoint.stored().items()}
+    layout = with_stored_shapes(with_stored_names(layout, names), shapes)
+    layout = with_stored_ties(layout, config, names, partial(have_equal_values, checkpoint, kind))
+    head = absent_head(layout, config, names) if may_lack_head else ()
+    layout = without_weights(layout, head) if head else layout
+    _check(layout, config, checkpoint, methods)
+    return layout, head
+
+
+def _weights_of_role(layout: ModelLayout, specs: Sequence[WeightSpec], role: Role | None) -> Sequence[WeightSpec]:
+    if role is None:
+        return specs
+    return [spec for spec in specs if is_ffn_weight(layout, spec.name) == (role == "ffn")]
+
+
+def _read(
+    share: WeightShare, checkpoint: Checkpoint, kind: torch.dtype, device: torch.device, *, keeps_codes: bool
+) -> tuple[dict[str, Weight], dict[str, str]]:
+    """The weights of a process, and the reasons for those of small codes that were dequantised."""
+    dequantized: dict[str, str] = {}
+    rank = {"rank": share.rank, "tp": share.tp}
+    if keeps_codes:
+        return dict(load_coded_weights(share.specs, checkpoint, kind, dequantized=dequantized, **rank)), dequantized
+    return dict(load_weights(share.specs, checkpoint, kind, device, **rank)), dequantized
 
 
 def rank_config(layout: ModelLayout, config: Any, rank: int, tp: int, option: str, *, expert_parallel: bool) -> Any:
