@@ -51,11 +51,15 @@ COMBINATIONS = (
     Combination("prefill_workers", "kv_tier", "KV is copied between pools of one tier"),
     Combination("prefill_workers", "pipeline_parallel_size", "use tensor_parallel_size"),
     Combination("prefill_workers", "nnodes", "its workers are on one host"),
+    Combination("prefill_tensor_parallel_size", "prefill_workers", "it is the degree of a role", ANY),
+    Combination("decode_tensor_parallel_size", "decode_workers", "it is the degree of a role", ANY),
+    Combination("decode_block_size", "decode_workers", "without roles all blocks have block_size tokens", ANY),
     Combination("kv_events_config", "prefill_workers", "events describe one prefix cache"),
     Combination("kv_events_config", "af", "events describe one prefix cache"),
     Combination("kv_events_config", "kv_tier", "events describe one prefix cache"),
     Combination("weights_tier", "device", "weights of a GPU stay in its memory", "cpu"),
     Combination("weights_budget", "weights_tier", "the weights are in memory otherwise", "disk"),
+    Combination("weights_folder", "weights_tier", "the weights are in memory otherwise", "disk"),
     Combination("kv_tier", "device", "the KV of a GPU's running requests stays in its memory", "cpu"),
 )
 """All of them; those that depend on the model or the machine are checked where these are known."""
