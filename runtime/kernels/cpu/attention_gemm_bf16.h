@@ -59,24 +59,26 @@ class PairGemms {
         if (!uses_keys_in_place_) return microkernel_.prepare(queries_, row, rows_, key_width_);
         const bf16* padded[BLOCK];
         for (int64_t r = 0; r < BLOCK; ++r) padded[r] = row[r < rows_ ? r : 0];
-        pack_panel(queries_, padded);
+        pack_panel(queries_, padded, [] {});
     }
 
-    void pack_keys(const bf16* const* row) {
+    void pack_keys(const bf16* const* row, RowPrefetch ahead) {
         for (int64_t key = 0; key < KEYS; key += PANEL)
             if (uses_keys_in_place_)
                 locate_keys(key, row + key);
             else
-                pack_panel(packed_keys_ + key * depth_, row + key);
+                pack_panel(packed_keys_ + key * depth_, row + key, [&] { ahead.lines(PANEL); });
+        ahead.rest();
     }
 
     // A pair has two keys that are 16 apart, as has a pair of weights: store_weights then needs no shuffle.
-    void pack_values(const bf16* const* row) {
+    void pack_values(const bf16* const* row, RowPrefetch ahead) {
         for (int64_t p = 0; p < panels_; p += 2) {
             const __mmask32 columns = active_lanes(p * PANEL, value_width_);
             bf16* target = packed_values_ + p * PANEL * KEYS;
             for (int64_t i = 0; i < KEYS / 2; ++i, target += 2 * PANEL) {
                 const int64_t key = i / PANEL * DEPTH + i % PANEL;
+                ahead.lines(2);
                 const __m512i a = load_pairs(columns, row[key] + p * PANEL);
                 const __m512i b = load_pairs(columns, row[key + PANEL] + p * PANEL);
                 const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
@@ -150,9 +152,12 @@ class PairGemms {
 
     bf16* weights_of(int64_t block) const { return weights_ + block % 2 * 2 * BLOCK * KEYS; }
 
-    // Packs 16 rows as a panel: a transpose of the pairs along the width, each of which is a word.
-    void pack_panel(bf16* panel, const bf16* const* row) const {
+    // Packs 16 rows as a panel: a transpose of the pairs along the width, each of which is a word. Each transpose reads
+    // a line of every row; `step` is called before it.
+    template <class Step>
+    void pack_panel(bf16* panel, const bf16* const* row, Step&& step) const {
         for (int64_t at = 0; at < depth_; at += DEPTH) {
+            step();
             const __mmask32 columns = active_lanes(at, key_width_);
             Floats words[LANES];
             for (int lane = 0; lane < LANES; ++lane) words[lane] = (Floats)load_pairs(columns, row[lane] + at);

@@ -20,6 +20,31 @@ inline Floats load_padded(const Element* row, int64_t at, int64_t length) {
     return at + LANES <= length ? load(row, Block{at}) : load(row, Tail{at, length - at});
 }
 
+// The keys or values that the next step reads. They are prefetched line by line, a line for each that this step packs:
+// a core has few buffers for lines that are on their way, and loses or delays the rest of many prefetches at once.
+class RowPrefetch {
+  public:
+    template <class Stored>
+    RowPrefetch(const Stored* const* row, int64_t width)
+        : row_((const char* const*)row), end_(row_ + KEYS), bytes_(width * (int64_t)sizeof(Stored)) {}
+
+    void lines(int64_t count) {
+        for (; count > 0 && row_ < end_; --count) {
+            __builtin_prefetch(*row_ + at_);
+            at_ += LINE;
+            if (at_ >= bytes_) at_ = 0, ++row_;
+        }
+    }
+    void rest() { lines(INT64_MAX); }
+
+    static constexpr int64_t LINE = 64;
+
+  private:
+    const char *const *row_, *const *const end_;
+    const int64_t bytes_;
+    int64_t at_ = 0;
+};
+
 // Multiplies each row by its factor. Most factors are 1, as the maximum of a row seldom grows after the first steps.
 inline void rescale_rows(int64_t count, Floats factors, float* row, int64_t width) {
     for (int64_t r = 0; r < count; ++r, row += width)
@@ -87,20 +112,24 @@ class FloatGemms {
     }
 
     // Packs the keys of a step as [depth, KEYS].
-    void pack_keys(const E* const* row) {
+    void pack_keys(const E* const* row, RowPrefetch ahead) {
         for (int64_t key = 0; key < KEYS; key += LANES)
             for (int64_t at = 0; at < key_width_; at += LANES) {
+                ahead.lines(LANES * LANES * (int64_t)sizeof(E) / RowPrefetch::LINE);
                 Floats block[LANES];
                 for (int lane = 0; lane < LANES; ++lane) block[lane] = load_padded(row[key + lane], at, key_width_);
                 transpose(block);
                 for (int d = 0; d < LANES; ++d) store(packed_keys_ + (at + d) * KEYS, Block{key}, block[d]);
             }
+        ahead.rest();
     }
 
-    void pack_values(const E* const* row) {
-        for (int64_t key = 0; key < KEYS; ++key)
+    void pack_values(const E* const* row, RowPrefetch ahead) {
+        for (int64_t key = 0; key < KEYS; ++key) {
+            ahead.lines(width_ * (int64_t)sizeof(E) / RowPrefetch::LINE + 1);
             for (int64_t at = 0; at < width_; at += LANES)
                 store(packed_values_ + key * width_, Block{at}, load_padded(row[key], at, value_width_));
+        }
     }
 
     // Three buffers, because three blocks are in the pipeline of TileWorker::attend_step.

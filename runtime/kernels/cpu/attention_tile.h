@@ -76,12 +76,6 @@ struct KeyStep {
 
 inline int64_t step_of(int64_t key) { return key / KEYS * KEYS; }
 
-template <class Element>
-inline void prefetch_rows(const Element* const* row, int64_t width) {
-    for (int64_t r = 0; r < KEYS; ++r)
-        for (int64_t at = 0; at < width; at += 64 / (int64_t)sizeof(Element)) __builtin_prefetch(row[r] + at);
-}
-
 // Computes one tile over ranges of at most KEYS_PER_PART keys.
 template <class Gemms, class E, class Keys, class Hooks>
 class TileWorker {
@@ -116,10 +110,9 @@ class TileWorker {
             const KeyRange other = is_last ? next_range : range;
             next->find(keys_, is_last ? next_tile : tile_, other, is_last ? step_of(other.first) : first + KEYS,
                        zeros_);
-            prefetch_rows(next->key, stored_width<Stored>(call_.key_width));
-            gemms_.pack_keys(opened_keys_.open(step->key));
-            prefetch_rows(next->value, stored_width<Stored>(call_.value_width));
-            gemms_.pack_values(opened_values_.open(step->value));
+            gemms_.pack_keys(opened_keys_.open(step->key), {next->key, stored_width<Stored>(call_.key_width)});
+            gemms_.pack_values(opened_values_.open(step->value),
+                               {next->value, stored_width<Stored>(call_.value_width)});
             attend_step(step->range, state);
             std::swap(step, next);
         }
