@@ -6,6 +6,7 @@ memory while the file is mapped, so it is mapped again after MAPPED_BYTES: the p
 
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sageLLM.runtime.core.model.weights import Part, View, WeightSpec, share_runs, share_shape
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight
+from sageLLM.runtime.kernels.cpu.packing import release_free_memory
 from sageLLM.runtime.loader.coded_weights import load_codes, with_columns
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
@@ -58,6 +60,8 @@ def load_coded_weights(
             return found
         if found is not None:
             dequantized[spec.name] = found
+        if prod(share_shape(spec, tp)) * dtype.itemsize >= MAPPED_BYTES:
+            release_free_memory()  # that of intermediate results of codes, next to which a large weight is the peak
         return _load(spec, checkpoint, dtype, torch.device("cpu"), rank, tp)
 
     return _load_each(specs, checkpoint, load)
