@@ -6,6 +6,14 @@
 A peer is a command that serves the model at {port} with OpenAI's API; {model} is the folder. The servers run one after
 another, in every round, so that each has the machine for itself. Prompts are token ids, the same for all, or with
 `--as-text` random words, for servers without token ids. Figures are medians of the rounds.
+
+For the server of llama-cpp-python (its extra `server`), which answers one request after another:
+
+    sagellm convert examples/tiny_python_model tiny.gguf --format float32
+    PYTHON benchmarks/peers/gguf_vocabulary.py examples/tiny_python_model tiny.gguf tiny-with-vocabulary.gguf
+    python benchmarks/serving_peers.py --as-text --min-tokens --peer llama="PYTHON -m llama_cpp.server
+        --model tiny-with-vocabulary.gguf --model_alias tiny --port {port} --n_ctx 512 --n_threads 2
+        --interrupt_requests false"
 """
 
 from __future__ import annotations
@@ -71,13 +79,17 @@ async def _name(address: Address, process: subprocess.Popen[bytes]) -> str:
     raise RuntimeError(f"the server did not start: {shlex.join(process.args)}")  # type: ignore[arg-type]
 
 
-def measure(address: Address, name: str, prompts: list[list[int] | str], num_tokens: int) -> Figures:
+def measure(
+    address: Address, name: str, prompts: list[list[int] | str], num_tokens: int, *, has_min_tokens: bool
+) -> Figures:
     """One load: all prompts at once."""
-    plan = LoadPlan(prompts=prompts, output_len=num_tokens, model=name)
+    extra = {"min_tokens": num_tokens} if has_min_tokens else {}
+    plan = LoadPlan(prompts=prompts, output_len=num_tokens, model=name, extra=extra)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         outcomes, seconds = runner.run(run_load(plan, address))
     failed = [one.error for one in outcomes if one.error]
     assert not failed, failed[0]
+    assert all(one.output_len == num_tokens for one in outcomes), [one.output_len for one in outcomes]
     ttft = statistics.median(one.ttft for one in outcomes)
     return Figures(1e3 * ttft, sum(one.output_len for one in outcomes) / seconds)
 
@@ -92,6 +104,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--as-text", action="store_true")
+    parser.add_argument("--min-tokens", action="store_true", help="for servers without ignore_eos")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     commands = {"sagellm": f"{shlex.quote(sys.executable)} {OURS} {options.options}"}
@@ -109,9 +122,11 @@ def main() -> None:
         some = {count: prompts(count) for count in streams}
         for name, command in commands.items():
             with running(command, options.model.resolve()) as (address, model):
-                measure(address, model, prompts(8), 16)
+                measure(address, model, prompts(8), 16, has_min_tokens=options.min_tokens)
                 for count in streams:
-                    found[name, count].append(measure(address, model, some[count], options.output_len))
+                    found[name, count].append(
+                        measure(address, model, some[count], options.output_len, has_min_tokens=options.min_tokens)
+                    )
     print(f"{'server':<10} {'streams':>7} {'TTFT p50':>12} {'output':>14}")
     rows = []
     for (name, count), figures in found.items():

@@ -29,6 +29,8 @@ class LoadPlan:
     ignore_eos: bool = True
     temperature: float = 0.0
     seed: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the bodies."""
 
     def body(self, prompt: list[int] | str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -38,6 +40,7 @@ class LoadPlan:
             "ignore_eos": self.ignore_eos,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self.extra,
         }
         if self.backend == "openai":
             return body | {"prompt": prompt}
@@ -98,10 +101,13 @@ async def arrivals(plan: LoadPlan) -> AsyncIterator[list[int] | str]:
 async def measure(
     plan: LoadPlan, prompt: list[int] | str, address: Address, headers: Mapping[str, str] | None = None
 ) -> Outcome:
-    """Sends one request, and notes the times of its tokens."""
+    """Sends one request, and notes the times of its tokens.
+
+    An answer without usage that `max_tokens` has cut has that many tokens.
+    """
     outcome = Outcome(start=time.perf_counter())
     last = outcome.start
-    num_chunks = 0
+    num_chunks, is_cut = 0, False
     try:
         async for event in Connection(address, headers).events(PATHS[plan.backend], plan.body(prompt)):
             now = time.perf_counter()
@@ -112,6 +118,7 @@ async def measure(
             choice = event["choices"][0]
             if choice.get("delta", {}).get("role"):
                 continue
+            is_cut = choice.get("finish_reason") == "length"
             num_chunks += 1
             if num_chunks == 1:
                 outcome.ttft = now - outcome.start
@@ -120,6 +127,8 @@ async def measure(
             last = now
             outcome.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
         outcome.latency = last - outcome.start
+        if not outcome.output_len and is_cut:
+            outcome.output_len = plan.output_len
         if not num_chunks:
             outcome.error = "the stream had no tokens"
     except (HttpError, OSError) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,11 +14,43 @@ from prometheus_client.process_collector import ProcessCollector
 from sageLLM.runtime.server.messages import Load, Ready
 from sageLLM.runtime.server.plain_metrics import Count, Distribution, PlainCounter, PlainHistogram
 
-REASONS = ("stop", "length", "abort", "error", "repetition")
 REFUSALS = ("requests", "tokens", "draining", "not_ready", "auth", "body")
-SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
-TIERS = ("device", "host", "p2p", "disk", "external_unspecified")
-ABSENT = {
+
+GAUGES = {
+    "num_requests_running": "Requests with KV.",
+    "num_requests_waiting": "Requests without KV.",
+    "kv_cache_usage_perc": "Share of the KV blocks in use, from 0 to 1.",
+    "num_requests_queued": "Admitted requests without a first token.",
+    "num_tokens_queued": "Prompt tokens of these requests.",
+}
+GAUGES_BY = {
+    "num_requests_waiting_by_reason": (
+        "Requests without KV, by reason.",
+        "reason",
+        ("capacity", "preempted", "deferred"),
+    ),
+    "kv_blocks": ("KV blocks by state.", "state", ("used", "cached", "free")),
+    "pd_mode": (
+        "1 for the mode of the prefill/decode scheduler.",
+        "mode",
+        ("strict", "time_share", "hybrid", "auto"),
+    ),
+    "engine_sleep_state": (
+        "1 for the state of the engine, which never sleeps.",
+        "sleep_state",
+        ("awake", "weights_offloaded", "discard_all"),
+    ),
+}
+"""Text, label and its values."""
+COUNTERS = {
+    "prompt_tokens": "Prompt tokens of requests with a first token.",
+    "num_preemptions": "Requests that lost their KV.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "kv_transfers": "Requests with KV copied between the pools of strict mode.",
+    "engine_restarts": "Starts of the engine after it was lost.",
+    "prompt_tokens_cached": "Prompt tokens found in the prefix cache.",
+    # Always 0, for boards that divide by them.
     "external_prefix_cache_queries": "Prompt tokens looked up in a cache outside of the engine, which has none.",
     "external_prefix_cache_hits": "Prompt tokens found there.",
     "mm_cache_queries": "Images looked up; only texts are served.",
@@ -26,9 +59,24 @@ ABSENT = {
     "estimated_read_bytes_per_gpu": "Not estimated.",
     "estimated_write_bytes_per_gpu": "Not estimated.",
 }
-"""Counters that are always 0, for boards that divide by them."""
-BLOCK_STATES = ("used", "cached", "free")
-MODES = ("strict", "time_share", "hybrid", "auto")
+COUNTERS_BY = {
+    "phase_tokens": ("Tokens that steps have computed, by phase.", "phase", ("prefill", "decode")),
+    "prompt_tokens_by_source": (
+        "Prompt tokens by their source.",
+        "source",
+        ("local_compute", "local_cache_hit", "external_kv_transfer"),
+    ),
+    "prompt_tokens_cached_by_source": (
+        "These tokens by the tier of their KV.",
+        "source",
+        ("device", "host", "p2p", "disk", "external_unspecified"),
+    ),
+    "request_success": (
+        "Answers that have ended, by reason.",
+        "finished_reason",
+        ("stop", "length", "abort", "error", "repetition"),
+    ),
+}
 
 # vLLM's buckets
 TTFT = (
@@ -73,8 +121,29 @@ def token_buckets(longest: int) -> list[int]:
         scale *= 10
 
 
+TOKENS = token_buckets(MAX_BUCKET)
+HISTOGRAMS: Mapping[str, tuple[str, Sequence[float]]] = {
+    "time_to_first_token_seconds": ("Time to the first token.", TTFT),
+    "request_time_per_output_token_seconds": ("Mean time per token after the first, per answer.", ITL),
+    "e2e_request_latency_seconds": ("Time to the end of an answer.", LATENCY),
+    "request_queue_time_seconds": ("Time until the first step.", LATENCY),
+    "request_prefill_time_seconds": ("First step to first token.", LATENCY),
+    "request_decode_time_seconds": ("First token to the end.", LATENCY),
+    "request_inference_time_seconds": ("First step to the end.", LATENCY),
+    "request_prompt_tokens": ("Tokens of a prompt.", TOKENS),
+    "request_generation_tokens": ("Tokens of an answer.", TOKENS),
+    "request_max_num_generation_tokens": ("Largest max_tokens asked for.", TOKENS),
+    "request_params_max_tokens": ("max_tokens of a request.", TOKENS),
+    "request_prefill_kv_computed_tokens": ("Prompt tokens that were not cached.", TOKENS),
+    "request_params_n": ("n of a request.", (1, 2, 5, 10, 20)),
+    "request_num_preemptions": ("Times that an answer lost its KV.", (0, 1, 2, 3, 5, 10, 20)),
+    "iteration_tokens_total": ("Tokens of a step: the mean of the steps between two reports.", STEP_TOKENS),
+}
+
 NO_LOAD = msgspec.convert([0] * (len(Load.__struct_fields__) - 1), Load)
 """The counters of an engine that has just started."""
+
+M = TypeVar("M", Gauge, Counter)
 
 
 class Metrics:
@@ -84,93 +153,46 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=True)
         self._namespace, self._values = namespace, {"model_name": model_name, "engine": "0"}
         self._previous: Load | None = None
-        tokens = token_buckets(MAX_BUCKET)
-
-        self.num_running = self._gauge("num_requests_running", "Requests with KV.")
-        self.num_waiting = self._gauge("num_requests_waiting", "Requests without KV.")
-        self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1.")
-        waiting = self._gauge("num_requests_waiting_by_reason", "Requests without KV, by reason.", "reason")
-        self._waiting = {
-            reason: waiting.labels(**self._values, reason=reason) for reason in ("capacity", "preempted", "deferred")
-        }
-        blocks = self._gauge("kv_blocks", "KV blocks by state.", "state")
-        self._blocks = {state: blocks.labels(**self._values, state=state) for state in BLOCK_STATES}
-        mode = self._gauge("pd_mode", "1 for the mode of the prefill/decode scheduler.", "mode")
-        self._modes = {name: mode.labels(**self._values, mode=name) for name in MODES}
-        self.queued_requests = self._gauge("num_requests_queued", "Admitted requests without a first token.")
-        self.queued_tokens = self._gauge("num_tokens_queued", "Prompt tokens of these requests.")
-
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with a first token.")
-        tokens_by = PlainCounter(f"{namespace}:generation_tokens", "Generated tokens.", [*self._values], self.registry)
-        self.generation_tokens = tokens_by.labels(self._values)
-        self.preemptions = self._counter("num_preemptions", "Requests that lost their KV.")
-        self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self.transfers = self._counter("kv_transfers", "Requests with KV copied between the pools of strict mode.")
-        phases = self._counter("phase_tokens", "Tokens that steps have computed, by phase.", "phase")
-        self._phases = {phase: phases.labels(**self._values, phase=phase) for phase in ("prefill", "decode")}
-        self.restarts = self._counter("engine_restarts", "Starts of the engine after it was lost.")
-        by_source = self._counter("prompt_tokens_by_source", "Prompt tokens by their source.", "source")
-        self._computed = by_source.labels(**self._values, source="local_compute")
-        self._cached = by_source.labels(**self._values, source="local_cache_hit")
-        by_source.labels(**self._values, source="external_kv_transfer")
-        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
-        tiers = self._counter("prompt_tokens_cached_by_source", "These tokens by the tier of their KV.", "source")
-        self._tiers = {tier: tiers.labels(**self._values, source=tier) for tier in TIERS}
-        for name, text in ABSENT.items():
-            self._counter(name, text)
-        asleep = self._gauge("engine_sleep_state", "1 for the state of the engine, which never sleeps.", "sleep_state")
-        for state in SLEEP_STATES:
-            asleep.labels(**self._values, sleep_state=state).set(state == "awake")
-        success = self._counter("request_success", "Answers that have ended, by reason.", "finished_reason")
-        self._ends = {reason: success.labels(**self._values, finished_reason=reason) for reason in REASONS}
-        labels, name = [*self._values, "reason"], f"{namespace}:admission_rejections"
-        refused = PlainCounter(name, "Refused requests, by reason.", labels, self.registry)
-        self._refusals = {reason: refused.labels(self._values | {"reason": reason}) for reason in REFUSALS}
-
-        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Time to the first token.", TTFT)
-        gaps = f"{namespace}:inter_token_latency_seconds"
-        gaps_by = PlainHistogram(gaps, "Time between tokens.", [*self._values], self.registry, ITL)
-        self.inter_token_latency = gaps_by.labels(self._values)
-        self.time_per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first, per answer.", ITL
-        )
-        self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Time to the end of an answer.", LATENCY)
-        self.queue_time = self._histogram("request_queue_time_seconds", "Time until the first step.", LATENCY)
-        self.prefill_time = self._histogram("request_prefill_time_seconds", "First step to first token.", LATENCY)
-        self.decode_time = self._histogram("request_decode_time_seconds", "First token to the end.", LATENCY)
-        self.inference_time = self._histogram("request_inference_time_seconds", "First step to the end.", LATENCY)
-        self.request_prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", tokens)
-        self.request_generation = self._histogram("request_generation_tokens", "Tokens of an answer.", tokens)
-        self.request_max = self._histogram("request_max_num_generation_tokens", "Largest max_tokens asked for.", tokens)
-        self.request_params_max = self._histogram("request_params_max_tokens", "max_tokens of a request.", tokens)
-        self.request_computed = self._histogram(
-            "request_prefill_kv_computed_tokens", "Prompt tokens that were not cached.", tokens
-        )
-        self.request_n = self._histogram("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
-        self.request_preemptions = self._histogram(
-            "request_num_preemptions", "Times that an answer lost its KV.", (0, 1, 2, 3, 5, 10, 20)
-        )
-        self.step_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens of a step: the mean of the steps between two reports.", STEP_TOKENS
-        )
-
+        self._gauges = {name: self._gauge(name, text) for name, text in GAUGES.items()}
+        self._gauges_by = {name: self._of_values(self._gauge, name, *entry) for name, entry in GAUGES_BY.items()}
+        self._counters = {name: self._counter(name, text) for name, text in COUNTERS.items()}
+        self._counters_by = {name: self._of_values(self._counter, name, *entry) for name, entry in COUNTERS_BY.items()}
+        self._histograms = {name: self._histogram(name, *entry) for name, entry in HISTOGRAMS.items()}
+        for state, gauge in self._gauges_by["engine_sleep_state"].items():
+            gauge.set(state == "awake")
         workers = "Requests of each prefill and decode worker; its epoch counts its starts."
         self._workers = self._gauge("pd_worker_requests", workers, "worker", "role", "state", "epoch")
-
-        # The name and the labels are those of prometheus-fastapi-instrumentator, which vLLM's boards read.
-        names = ["handler", "method", "status"]
-        self.http_requests = PlainCounter("http_requests", "HTTP responses.", names, self.registry)
-        self.http_seconds = PlainHistogram(
-            "http_request_duration_seconds",
-            "Time of HTTP requests.",
-            names[:2],
-            self.registry,
-            Histogram.DEFAULT_BUCKETS[:-1],
-        )
-        self._http: dict[tuple[str, str, int], tuple[Count, Distribution]] = {}
+        self._add_plain()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
+        self.queued_requests = self._gauges["num_requests_queued"]
+        self.queued_tokens = self._gauges["num_tokens_queued"]
+        self.time_to_first_token = self._histograms["time_to_first_token_seconds"]
+
+    def _add_plain(self) -> None:
+        """Those of the hot paths: of every token, and of every refusal."""
+        prefix, labels = f"{self._namespace}:", [*self._values]
+        tokens = PlainCounter(f"{prefix}generation_tokens", "Generated tokens.", labels, self.registry)
+        self.generation_tokens = tokens.labels(self._values)
+        gaps = f"{prefix}inter_token_latency_seconds"
+        gaps_by = PlainHistogram(gaps, "Time between tokens.", labels, self.registry, ITL)
+        self.inter_token_latency = gaps_by.labels(self._values)
+        refused = f"{prefix}admission_rejections"
+        refused_by = PlainCounter(refused, "Refused requests, by reason.", [*labels, "reason"], self.registry)
+        self._refusals = {reason: refused_by.labels(self._values | {"reason": reason}) for reason in REFUSALS}
+        # The name and the labels are those of prometheus-fastapi-instrumentator, which vLLM's boards read.
+        names, seconds = ["handler", "method", "status"], "http_request_duration_seconds"
+        bounds = Histogram.DEFAULT_BUCKETS[:-1]
+        self.http_requests = PlainCounter("http_requests", "HTTP responses.", names, self.registry)
+        self.http_seconds = PlainHistogram(seconds, "Time of HTTP requests.", names[:2], self.registry, bounds)
+        self._http: dict[tuple[str, str, int], tuple[Count, Distribution]] = {}
+
+    def _of_values(
+        self, make: Callable[..., M], name: str, text: str, label: str, values: Sequence[str]
+    ) -> dict[str, M]:
+        """The series of each value of a label."""
+        metric: Any = make(name, text, label)
+        return {value: metric.labels(**self._values, **{label: value}) for value in values}
 
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
         metric = Gauge(f"{self._namespace}:{name}", help, [*self._values, *labels], registry=self.registry)
@@ -188,9 +210,9 @@ class Metrics:
         return generate_latest(self.registry)
 
     def describe_engine(self, ready: Ready) -> None:
-        for name, gauge in self._modes.items():
+        for name, gauge in self._gauges_by["pd_mode"].items():
             gauge.set(name == ready.mode)
-        self._blocks["free"].set(ready.num_kv_blocks)
+        self._gauges_by["kv_blocks"]["free"].set(ready.num_kv_blocks)
         info = {
             "block_size": ready.block_size,
             "num_gpu_blocks": ready.num_kv_blocks,
@@ -203,29 +225,31 @@ class Metrics:
 
     def update_load(self, load: Load) -> None:
         """Sets gauges, and adds the growth of the engine's counters; after a restart they begin at 0 again."""
-        self.num_running.set(load.num_running)
-        self.num_waiting.set(load.num_waiting)
-        self._waiting["preempted"].set(load.num_preempted)
-        self._waiting["capacity"].set(load.num_waiting - load.num_preempted)
+        gauges, counters = self._gauges, self._counters
+        waiting, blocks = self._gauges_by["num_requests_waiting_by_reason"], self._gauges_by["kv_blocks"]
+        gauges["num_requests_running"].set(load.num_running)
+        gauges["num_requests_waiting"].set(load.num_waiting)
+        waiting["preempted"].set(load.num_preempted)
+        waiting["capacity"].set(load.num_waiting - load.num_preempted)
         total = load.kv_blocks_total
-        self.kv_usage.set(load.kv_blocks_used / total if total else 0)
-        self._blocks["used"].set(load.kv_blocks_used)
-        self._blocks["cached"].set(load.kv_blocks_cached)
-        self._blocks["free"].set(total - load.kv_blocks_used - load.kv_blocks_cached)
+        gauges["kv_cache_usage_perc"].set(load.kv_blocks_used / total if total else 0)
+        blocks["used"].set(load.kv_blocks_used)
+        blocks["cached"].set(load.kv_blocks_cached)
+        blocks["free"].set(total - load.kv_blocks_used - load.kv_blocks_cached)
         before = self._previous
         if before is None or before.num_steps > load.num_steps:
             before = NO_LOAD
         self._previous = load
-        self.preemptions.inc(load.num_preemptions - before.num_preemptions)
-        self.prefix_queries.inc(load.prefix_cache_queries - before.prefix_cache_queries)
-        self.prefix_hits.inc(load.prefix_cache_hits - before.prefix_cache_hits)
-        self.transfers.inc(load.transfers - before.transfers)
+        counters["num_preemptions"].inc(load.num_preemptions - before.num_preemptions)
+        counters["prefix_cache_queries"].inc(load.prefix_cache_queries - before.prefix_cache_queries)
+        counters["prefix_cache_hits"].inc(load.prefix_cache_hits - before.prefix_cache_hits)
+        counters["kv_transfers"].inc(load.transfers - before.transfers)
         num_prefill = load.num_prefill_tokens - before.num_prefill_tokens
         num_decode = load.num_decode_tokens - before.num_decode_tokens
-        self._phases["prefill"].inc(num_prefill)
-        self._phases["decode"].inc(num_decode)
+        self._counters_by["phase_tokens"]["prefill"].inc(num_prefill)
+        self._counters_by["phase_tokens"]["decode"].inc(num_decode)
         for _ in range(num_steps := load.num_steps - before.num_steps):
-            self.step_tokens.observe((num_prefill + num_decode) / num_steps)
+            self._histograms["iteration_tokens_total"].observe((num_prefill + num_decode) / num_steps)
         self._workers.clear()
         for worker in load.workers:
             labels = {"worker": str(worker.number), "role": worker.role, "state": worker.state}
@@ -234,21 +258,26 @@ class Metrics:
     def lose_engine(self) -> None:
         """The engine has ended, and its requests and counters with it."""
         self._previous = None
-        for gauge in (self.num_running, self.num_waiting, self.kv_usage, *self._waiting.values()):
+        for gauge in (
+            self._gauges["num_requests_running"],
+            self._gauges["num_requests_waiting"],
+            self._gauges["kv_cache_usage_perc"],
+            *self._gauges_by["num_requests_waiting_by_reason"].values(),
+        ):
             gauge.set(0)
-        self.restarts.inc()
+        self._counters["engine_restarts"].inc()
 
     def count_prompt(self, num_tokens: int, num_cached: int, num_answers: int) -> None:
-        self.request_n.observe(num_answers)
-        self.request_computed.observe(num_tokens - num_cached)
-        self.prompt_tokens_cached.inc(num_cached)
-        self._tiers["device"].inc(num_cached)
-        self.prompt_tokens.inc(num_tokens)
-        self._computed.inc(num_tokens - num_cached)
-        self._cached.inc(num_cached)
+        self._histograms["request_params_n"].observe(num_answers)
+        self._histograms["request_prefill_kv_computed_tokens"].observe(num_tokens - num_cached)
+        self._counters["prompt_tokens_cached"].inc(num_cached)
+        self._counters_by["prompt_tokens_cached_by_source"]["device"].inc(num_cached)
+        self._counters["prompt_tokens"].inc(num_tokens)
+        self._counters_by["prompt_tokens_by_source"]["local_compute"].inc(num_tokens - num_cached)
+        self._counters_by["prompt_tokens_by_source"]["local_cache_hit"].inc(num_cached)
 
     def count_end(self, reason: str) -> None:
-        self._ends[reason].inc()
+        self._counters_by["request_success"][reason].inc()
 
     def count_refusal(self, reason: str) -> None:
         self._refusals[reason].inc()
@@ -277,16 +306,16 @@ class Metrics:
     ) -> None:
         """Observes one answer that has ended; times are those of the monotonic clock."""
         self.count_end(reason)
-        self.request_preemptions.observe(num_preemptions)
-        self.request_prompt.observe(num_prompt)
-        self.request_generation.observe(num_tokens)
-        self.request_max.observe(max_tokens or num_tokens)
+        self._histograms["request_num_preemptions"].observe(num_preemptions)
+        self._histograms["request_prompt_tokens"].observe(num_prompt)
+        self._histograms["request_generation_tokens"].observe(num_tokens)
+        self._histograms["request_max_num_generation_tokens"].observe(max_tokens or num_tokens)
         if max_tokens is not None:
-            self.request_params_max.observe(max_tokens)
-        self.e2e_latency.observe(end - arrival)
-        self.queue_time.observe(queue_seconds)
-        self.prefill_time.observe(max(0.0, first - arrival - queue_seconds))
-        self.decode_time.observe(end - first)
-        self.inference_time.observe(max(0.0, end - arrival - queue_seconds))
+            self._histograms["request_params_max_tokens"].observe(max_tokens)
+        self._histograms["e2e_request_latency_seconds"].observe(end - arrival)
+        self._histograms["request_queue_time_seconds"].observe(queue_seconds)
+        self._histograms["request_prefill_time_seconds"].observe(max(0.0, first - arrival - queue_seconds))
+        self._histograms["request_decode_time_seconds"].observe(end - first)
+        self._histograms["request_inference_time_seconds"].observe(max(0.0, end - arrival - queue_seconds))
         if num_tokens > 1:
-            self.time_per_token.observe((end - first) / (num_tokens - 1))
+            self._histograms["request_time_per_output_token_seconds"].observe((end - first) / (num_tokens - 1))
