@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from variants import Variant
-from workloads import Ask, Complete
+from workloads import MAX_LEN, Ask, Complete
 
 
 def load_ours(folder: Path, variant: Variant, threads: int) -> Complete:
@@ -33,7 +33,7 @@ def load_vllm(folder: Path, variant: Variant, threads: int) -> Complete:
         str(folder),
         skip_tokenizer_init=True,
         dtype="bfloat16",
-        max_model_len=2048,
+        max_model_len=MAX_LEN,
         max_num_batched_tokens=4096,
         max_num_seqs=64,
         enable_prefix_caching=False,

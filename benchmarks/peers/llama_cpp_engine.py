@@ -11,7 +11,7 @@ from workloads import Ask
 
 BATCH_TOKENS = 2048
 TOKENS_PER_SEQUENCE = 512
-"""Context of each of several sequences; a single one has BATCH_TOKENS."""
+"""Context of each of several sequences; a single one has a multiple of BATCH_TOKENS."""
 
 
 class LlamaCpp:
@@ -28,25 +28,27 @@ class LlamaCpp:
         self.threads = threads
         self.num_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
-        self.num_sequences = 0
+        self.num_sequences = self.num_tokens = 0
         self.context: Any = None
 
-    def _make_context(self, num_sequences: int) -> None:
-        if num_sequences == self.num_sequences:
+    def _make_context(self, num_sequences: int, longest: int) -> None:
+        one = -(-longest // BATCH_TOKENS) * BATCH_TOKENS
+        num_tokens = one if num_sequences == 1 else num_sequences * TOKENS_PER_SEQUENCE
+        if num_sequences == self.num_sequences and num_tokens <= self.num_tokens:
             return
         if self.context is not None:
             llama_cpp.llama_free(self.context)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = BATCH_TOKENS if num_sequences == 1 else num_sequences * TOKENS_PER_SEQUENCE
+        params.n_ctx = num_tokens
         params.n_batch, params.n_ubatch, params.n_seq_max = BATCH_TOKENS, 512, num_sequences
         params.n_threads = params.n_threads_batch = self.threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         assert self.context, "llama.cpp could not make the context"
-        self.num_sequences = num_sequences
+        self.num_sequences, self.num_tokens = num_sequences, num_tokens
 
     def complete(self, asks: Sequence[Ask]) -> list[list[int]]:
         """The greedy answers to all asks."""
-        self._make_context(len(asks))
+        self._make_context(len(asks), max(len(ask.prompt) + ask.num_new for ask in asks))
         answers = [[token] for token in self._read_prompts(asks)]
         while running := [i for i, ask in enumerate(asks) if len(answers[i]) < ask.num_new]:
             self.batch.n_tokens = 0

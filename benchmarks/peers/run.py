@@ -28,7 +28,7 @@ from load import wait_until_quiet
 from shapes import SHAPES, check_checkpoint, checkpoint
 from table import result_of, text_of
 from variants import ISA_SETTINGS, VARIANTS, Variant, environment, has_amx, is_restricted
-from workloads import WORKLOADS
+from workloads import STANDARD, WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="prepare and check, without measuring")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="separated by commas")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="separated by commas")
+    parser.add_argument("--workloads", default=",".join(STANDARD), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--isas", default=",".join(name for name in ISA_SETTINGS if name != "native"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=24.0)

@@ -1,8 +1,11 @@
 """The shapes that are compared, as Hugging Face checkpoints of random bfloat16 weights, made once and kept."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from workloads import MAX_LEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +16,12 @@ class Shape:
     sizes: dict[str, Any]
 
 
-COMMON = {"tie_word_embeddings": True, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+COMMON = {
+    "tie_word_embeddings": True,
+    "max_position_embeddings": MAX_LEN,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SHAPES = {
     "135m": Shape(  # SmolLM-135M
         "Llama",
@@ -93,8 +101,13 @@ def check_checkpoint(name: str, cache: Path) -> Path:
 
 
 def _made(shape: Shape, folder: Path) -> Path:
+    """A checkpoint made for shorter sequences has the same weights, so that only its config changes."""
     if not (folder / "model.safetensors").exists():
         _make(shape, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["max_position_embeddings"] < MAX_LEN:
+        config["max_position_embeddings"] = MAX_LEN
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

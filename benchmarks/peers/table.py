@@ -19,10 +19,14 @@ from workloads import NUM_DECODED, requests
 
 UNITS = {
     "decode": "decode, 1 request, tok/s",
+    "decode_2048": "decode after 2048, tok/s",
+    "decode_8192": "decode after 8192, tok/s",
     "prefill_256": "prefill of 256, tok/s",
     "prefill_1024": "prefill of 1024, tok/s",
+    "prefill_4096": "prefill of 4096, tok/s",
     "serve_16": "16 requests, output tok/s",
     "serve_32": "32 requests, output tok/s",
+    "serve_64": "64 requests, output tok/s",
     "startup_cold_s": "start to first token, cold, s",
     "startup_s": "start to first token, s",
     "resident_mb": "resident after first token, MB",
@@ -116,9 +120,9 @@ def bound_of(figure: str, work: Work, variant: Variant, isa: str, limits: Mappin
     read = limits["read_gb_s"] * 1e9
     loops = BEST_LOOPS["quantised" if variant.kind != "16-bit" and isa == "native" else isa]
     peak = max(limits["gflop_s"].get(loop, 0.0) for loop in loops) * 1e9
-    if figure == "decode":
-        return read / work.decode_bytes(variant.form, 128 + NUM_DECODED // 2)
     kind, _, size = figure.partition("_")
+    if kind == "decode":
+        return read / work.decode_bytes(variant.form, int(size or 128) + NUM_DECODED // 2)
     if kind == "prefill":
         return int(size) * peak / work.prompt_flops(int(size))
     if kind == "serve":

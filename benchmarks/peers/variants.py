@@ -42,7 +42,7 @@ VARIANTS = {
         Variant("openvino-kv16", "openvino", "fp16", "bf16"),
         Variant("llama.cpp", "llama", "bf16", "f16"),
         Variant("llama.cpp-f16", "llama", "f16", "f16"),
-        Variant("transformers", "transformers", "bf16", "bf16", skipped=("serve_16", "serve_32")),
+        Variant("transformers", "transformers", "bf16", "bf16", skipped=("serve_16", "serve_32", "serve_64")),
         Variant("openvino-int8", "openvino", "int8", "u8", kind="8-bit"),
         Variant("llama.cpp-q8_0", "llama", "q8_0", "f16", kind="8-bit"),
         Variant("llama.cpp-q4_0", "llama", "q4_0", "f16", kind="4-bit"),

@@ -36,16 +36,20 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A way to measure, and how often in each process."""
+    """A way to measure, and how often in each process.
+
+    A prompt of `warm_up` tokens comes first, so that an engine makes a context of that size before the clock starts.
+    """
 
     measure: Callable[[Complete, random.Random], float]
     num_samples: int
     num_requests: int = 1
+    warm_up: int = 24
 
     def samples(self, complete: Complete, seed: int, until: float) -> list[Sample]:
         """The figures of this process; after the time `until` (of `time.perf_counter`) only one is measured."""
         draw = random.Random(seed)
-        complete([ask(draw, 24, 4) for _ in range(self.num_requests)])
+        complete([ask(draw, self.warm_up, 4) for _ in range(self.num_requests)])
         found: list[Sample] = []
         while len(found) < self.num_samples and (not found or time.perf_counter() < until):
             start = LoadTimes.now()
@@ -54,11 +58,15 @@ class Workload:
         return found
 
 
-def decode(complete: Complete, draw: random.Random) -> float:
-    """Tokens per second of one sequence: NUM_DECODED more tokens after a prompt of 128 and a first token."""
-    first = seconds(complete, [ask(draw, 128, 1)])
-    whole = seconds(complete, [ask(draw, 128, NUM_DECODED + 1)])
-    return NUM_DECODED / (whole - first)
+def decode(context: int) -> Callable[[Complete, random.Random], float]:
+    """Tokens per second of one sequence: NUM_DECODED more tokens after a prompt of `context` and a first token."""
+
+    def measure(complete: Complete, draw: random.Random) -> float:
+        first = seconds(complete, [ask(draw, context, 1)])
+        whole = seconds(complete, [ask(draw, context, NUM_DECODED + 1)])
+        return NUM_DECODED / (whole - first)
+
+    return measure
 
 
 def prefill(length: int) -> Callable[[Complete, random.Random], float]:
@@ -88,12 +96,20 @@ def first_token(complete: Complete) -> float:
 
 
 WORKLOADS = {
-    "decode": Workload(decode, 4),
+    "decode": Workload(decode(128), 4),
     "prefill_256": Workload(prefill(256), 3),
     "prefill_1024": Workload(prefill(1024), 3),
     "serve_16": Workload(serve(16), 2, 16),
     "serve_32": Workload(serve(32), 2, 32),
+    "decode_2048": Workload(decode(2048), 3, warm_up=2048),
+    "decode_8192": Workload(decode(8192), 2, warm_up=8192),
+    "prefill_4096": Workload(prefill(4096), 2, warm_up=4096),
+    "serve_64": Workload(serve(64), 1, 64),
 }
+STANDARD = ("decode", "prefill_256", "prefill_1024", "serve_16", "serve_32")
+"""The workloads of a round unless `--workloads` names others; all of them would take an hour."""
+MAX_LEN = 8320
+"""Tokens of the longest sequence, with room for its answer."""
 
 
 def ask(draw: random.Random, prompt_len: int, num_new: int) -> Ask:

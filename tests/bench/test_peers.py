@@ -76,6 +76,25 @@ def test_workloads_measure_every_engine_alike(peers: SimpleNamespace, monkeypatc
     assert len(late) == 1, "one sample is measured when the time is over"
     assert asked[-1] == [(len(one.prompt), one.num_new) for one in workloads.requests(16)]
     assert workloads.prefill(512)(complete, random.Random(0)) == 512 / 0.001
+    workloads.WORKLOADS["decode_8192"].samples(complete, 1, time.perf_counter() + 60)
+    assert asked[-5:] == [[(8192, 4)], [(8192, 1)], [(8192, 65)], [(8192, 1)], [(8192, 65)]]
+
+
+def test_the_longest_workload_fits_and_has_a_row(peers: SimpleNamespace) -> None:
+    workloads, table = peers.workloads, peers.table
+    assert {*workloads.STANDARD} < {*workloads.WORKLOADS} <= {*table.UNITS}
+    assert max(one.warm_up for one in workloads.WORKLOADS.values()) + workloads.NUM_DECODED < workloads.MAX_LEN
+    assert peers.shapes.COMMON["max_position_embeddings"] == workloads.MAX_LEN
+
+
+def test_a_checkpoint_for_shorter_sequences_is_kept(peers: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "135m"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text('{"max_position_embeddings": 2048, "vocab_size": 7}')
+    assert peers.shapes.checkpoint("135m", tmp_path) == folder
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {"max_position_embeddings": peers.workloads.MAX_LEN, "vocab_size": 7}
 
 
 def test_the_check_finds_wrong_tokens_and_accepts_ties(peers: SimpleNamespace, tmp_path: Path) -> None:
@@ -162,6 +181,8 @@ def test_a_prompt_is_bound_by_arithmetic_and_serving_by_both(peers: SimpleNamesp
     quantised = peers.variants.VARIANTS["llama.cpp-q8_0"]
     decodes = [table.bound_of("decode", work, one, "native", limits) for one in (ours, quantised)]
     assert 1.6 < decodes[1] / decodes[0] < 1.9
+    longer = table.bound_of("decode_8192", work, ours, "native", limits)
+    assert decodes[0] / longer == pytest.approx(work.decode_bytes("bf16", 8224) / work.decode_bytes("bf16", 160))
 
 
 def test_a_result_is_published_unless_the_machine_was_busy(
