@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM import LLM, SamplingParams
+from sageLLM.runtime.convert.convert import convert
 from sageLLM.runtime.quantize.calibration import sequences_of
 from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
 from sageLLM.runtime.quantize.scheme import Scheme
@@ -27,6 +28,8 @@ COPIES = (
     ("int4-g32", "gptq", True),
 )
 """Formats with the method, and whether the head is quantised too."""
+FILES = ("q8_0", "q4_0")
+"""Formats of GGUF files, with tables of tokens in q8_0."""
 NUM_TOKENS = 256
 NUM_SAMPLES = 128
 SCORES = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
@@ -66,10 +69,18 @@ def main() -> None:
                 sequences=sequences if method == "gptq" else None,
                 include_head=include_head,
             )
-            found, own = scores(out)
-            equal = sum(a == b for a, b in zip(best, own, strict=True)) / len(best)
-            name = f"{form}, {method}{', head too' if include_head else ''}"
-            print(f"{name}: perplexity {found:.3f}, {100 * equal:.1f} % of the most probable tokens are equal")
+            compare(f"{form}, {method}{', head too' if include_head else ''}", out, best)
+        for form in FILES:
+            out = Path(folder, f"{form}.gguf")
+            convert(model, out, registry, form)
+            compare(f"gguf {form}", out, best)
+
+
+def compare(name: str, model: Path, best: list[int]) -> None:
+    """Prints the perplexity of a copy, and the share of positions with the same most probable token."""
+    found, own = scores(model)
+    equal = sum(a == b for a, b in zip(best, own, strict=True)) / len(best)
+    print(f"{name}: perplexity {found:.3f}, {100 * equal:.1f} % of the most probable tokens are equal")
 
 
 if __name__ == "__main__":
