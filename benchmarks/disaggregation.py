@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from disaggregation_control import PromptsApart
 from disaggregation_goodput import measure_rates
 from disaggregation_transfers import measure_bandwidth
 from peers.shapes import SHAPES, checkpoint
@@ -37,6 +38,7 @@ from sageLLM.runtime.scheduler.transfer import TransferConfig
 MODES: dict[str, dict[str, Any]] = {
     "strict, 1+1 workers": {"mode": "strict", "workers": True},
     "strict, 1+1 workers, tcp": {"mode": "strict", "workers": True, "transport": "tcp"},
+    "strict, prompts apart": {"mode": "strict", "workers": True, "apart": True},
     "hybrid, chunks of 512": {"mode": "hybrid", "chunk": 512},
     "hybrid, chunks of 128": {"mode": "hybrid", "chunk": 128},
     "time_share": {"mode": "time_share"},
@@ -44,7 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 FIGURES: dict[str, Sequence[str]] = {
     "tail": [*MODES],
-    "goodput": [name for name in MODES if "tcp" not in name and "128" not in name],
+    "goodput": [name for name in MODES if not any(part in name for part in ("tcp", "apart", "128"))],
     "streaming": ["layers", "pieces", "whole"],
     "recovery": ["prefill", "decode"],
     "roles": ["2+1 workers"],
@@ -132,7 +134,11 @@ class Clock:
 
 
 def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds between tokens of running decodes, quiet and while prompts arrive."""
+    """Milliseconds between tokens of running decodes, quiet and while prompts arrive.
+
+    With prompts "apart" another process computes them, for comparison.
+    """
+    apart = PromptsApart(model, PROMPT_LEN, options.interval) if MODES[mode].get("apart") else None
     llm = load(model, mode, enable_prefix_caching=False)
     clock, names = Clock(llm), [f"decode {i}" for i in range(NUM_DECODES)]
     for index, name in enumerate(names):
@@ -144,14 +150,17 @@ def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[st
     while time.perf_counter() < start + options.seconds:
         clock.step()
     burst, num_prompts = time.perf_counter(), 0
+    if apart is not None:
+        apart.begin()
     while (now := time.perf_counter()) < burst + options.seconds:
-        if now >= burst + num_prompts * options.interval:
+        if apart is None and now >= burst + num_prompts * options.interval:
             clock.add(f"prompt {num_prompts}", [7 + (num_prompts * 31 + i) % 900 for i in range(PROMPT_LEN)], 2)
             num_prompts += 1
         clock.step()
     end = time.perf_counter()
     quiet, busy = clock.gaps(names, start, burst), clock.gaps(names, burst, end)
     firsts = [1e3 * (times[1] - times[0]) for name, times in clock.times.items() if "prompt" in name and times[1:]]
+    firsts += apart.end() if apart is not None else []
     llm.close()
     return {
         "quiet_p50_ms": round(_share(quiet, 0.5), 1),
