@@ -28,7 +28,7 @@ def write_folder(source: Source, out: Path, form: str | None, progress: Progress
     form = form or str(source.data.get("dtype") or source.data.get("torch_dtype") or "bfloat16")
     if form not in DTYPES:
         raise CheckpointError(f"--format of a folder must be one of {', '.join(DTYPES)}, got {quoted(form)}")
-    out.mkdir(parents=True)
+    out.mkdir()
     for path in (path for pattern in OTHER_FILES for path in source.folder.glob(pattern)):
         if not path.name.endswith(".safetensors.index.json") and path.name not in SETTINGS_FILES:
             shutil.copyfile(path, out / path.name)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.config_file import read_config_file
+from sageLLM.runtime.loader.draft import draft_of
 from sageLLM.runtime.loader.quantization import find_in_config
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
 from sageLLM.runtime.loader.safetensors_writer import Entry, SafetensorsWriter
@@ -93,8 +94,22 @@ def quantize_checkpoint(
     config = read_config_file(folder / "config.json")
     if find_in_config(config, folder) is not None:
         raise CheckpointError(f"{folder} is quantised already; use a checkpoint with float weights")
-    if out.exists():
-        raise CheckpointError(f"{out} already exists; choose another folder")
+    with draft_of(out) as draft:
+        return _write(folder, draft, scheme, registry, config, sequences, progress, include_head=include_head)
+
+
+def _write(
+    folder: Path,
+    draft: Path,
+    scheme: Scheme,
+    registry: Registry,
+    config: dict[str, Any],
+    sequences: Sequence[Sequence[int]] | None,
+    progress: Progress,
+    *,
+    include_head: bool,
+) -> Quantised:
+    """Writes the copy to the new folder `draft`."""
     checkpoint = Checkpoint.open(folder)
     calibration = Calibration(folder, registry, sequences or [[0]]) if sequences or include_head else None
     source = {name: name for name in checkpoint if _is_linear(checkpoint.info(name), scheme)}
@@ -105,24 +120,16 @@ def quantize_checkpoint(
         raise CheckpointError(f"{folder} must have linear weights with whole groups of inputs; use another --format")
     copy = _Copy(checkpoint, scheme, source)
     ignored = [name.removesuffix(".weight") for name in checkpoint if _is_ignored(checkpoint.info(name), source)]
-    draft = out.with_name(f"{out.name}.part")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _copy_files(folder, draft)
-        text = json.dumps({**config, "quantization_config": scheme.section(ignored)}, indent=2)
-        (draft / "config.json").write_text(text, encoding="utf-8")
-        with SafetensorsWriter(draft / FILE, copy.entries()) as file:
-            writing = _Writing(copy, file, registry, progress)
-            if sequences:
-                assert calibration is not None, "made for the sequences"
-                calibration.run(frozenset(source.values()), writing.compensate)
-            writing.write_others()
-        draft.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    _copy_files(folder, draft)
+    text = json.dumps({**config, "quantization_config": scheme.section(ignored)}, indent=2)
+    (draft / "config.json").write_text(text, encoding="utf-8")
+    with SafetensorsWriter(draft / FILE, copy.entries()) as file:
+        writing = _Writing(copy, file, registry, progress)
+        if sequences:
+            assert calibration is not None, "made for the sequences"
+            calibration.run(frozenset(source.values()), writing.compensate)
+        writing.write_others()
     return Quantised(len(source), writing.errors)
 
 
