@@ -4,6 +4,7 @@
     python compile_ahead.py sm_80:linear,rope gfx942:linear
     python compile_ahead.py sm_90:sizes sm_80:sizes=linear      attention, GEMMs and experts at many sizes
     python compile_ahead.py sm_89:few                           the same in bf16, one group of heads for each size
+    python compile_ahead.py sm_90:cases                         what `sizes` would compile, by name
     SAGELLM_TREE=FOLDER python compile_ahead.py sm_90:all       the kernels of a generated overlay
 
 The launchers run unchanged, on tensors without data. A stub replaces the driver, so that Triton's JIT specialises the
@@ -254,23 +255,31 @@ def why_reference_of(case: Case, target: str) -> str | None:
     return why_reference(COVERED.get(target, target), TEMPLATES[case.op], sizes)
 
 
+def report_of(target: str, ops: str) -> dict[str, dict[str, Any]]:
+    """What one request asks for, by the names of kernels or cases."""
+    if ops == "cases":
+        return {
+            f"{case.label}{case.part}": {} for case in cases_of_sizes(KERNELS) if not why_reference_of(case, target)
+        }
+    if ops == "few":
+        return size_needs(target, few_cases())
+    if ops.startswith("sizes"):
+        return size_needs(target, cases_of_sizes(ops.split("=")[1].split(",") if "=" in ops else KERNELS))
+    found: dict[str, dict[str, Any]] = {}
+    names = [*KERNELS] if ops == "all" else ops.split(",")
+    for name, sizes in ((name, sizes) for name in names for sizes in (SIZES, LONG)):
+        for kernel_name, kernel in compile_op(name, sizes).items():
+            if kernel_name not in found:
+                found[kernel_name] = needs(kernel_name, kernel, TARGETS[target])
+    return found
+
+
 def main(requests: list[str]) -> None:
     """Each request is a target and its ops, or all of them, as in sm_80:linear,rope."""
     report: dict[str, dict[str, Any]] = {}
     for device, (target, ops) in enumerate(request.split(":") for request in requests):
         driver.set_active(Stub(TARGETS[target], device))
-        found = report.setdefault(target, {})
-        if ops.startswith("sizes"):
-            found |= size_needs(target, cases_of_sizes(ops.split("=")[1].split(",") if "=" in ops else KERNELS))
-            continue
-        if ops == "few":
-            found |= size_needs(target, few_cases())
-            continue
-        names = [*KERNELS] if ops == "all" else ops.split(",")
-        for name, sizes in ((name, sizes) for name in names for sizes in (SIZES, LONG)):
-            for kernel_name, kernel in compile_op(name, sizes).items():
-                if kernel_name not in found:
-                    found[kernel_name] = needs(kernel_name, kernel, TARGETS[target])
+        report.setdefault(target, {}).update(report_of(target, ops))
     json.dump({"triton": triton.__version__, "targets": report}, sys.stdout)
 
 
