@@ -42,7 +42,7 @@ WHOLE, FEW = ["sm_80", "sm_90", "sm_100", "gfx942"], ["sm_86", "sm_89"]
 """Targets for which `make aot` compiles all kernels and many sizes, or the templates at a few sizes."""
 TARGETS = ([*WHOLE, *FEW] if CHOSEN == "all" else CHOSEN.split(",")) if ALL else [*SAMPLE]
 
-PART_OF_F16 = ("sm_100", "gfx942")
+PART_OF_F16 = ("gfx942",)
 """Targets for which not all sizes have been recorded in f16."""
 
 Report = dict[str, dict[str, Any]]
