@@ -111,7 +111,12 @@ class World:
         rng = self.rng
         lease = rng.choice([None, 2.5])
         transfer = TransferConfig(
-            rng.random() < 0.7, lease, rng.randint(1, 3), num_ranks=rng.randint(1, 2), num_layers=rng.randint(1, 2)
+            stream=rng.random() < 0.7,
+            by_layer=rng.random() < 0.5,
+            lease_s=lease,
+            max_attempts=rng.randint(1, 3),
+            num_ranks=rng.randint(1, 2),
+            num_layers=rng.randint(1, 2),
         )
         return PDSchedulerConfig(
             mode=mode,
