@@ -112,11 +112,11 @@ class World:
         lease = rng.choice([None, 2.5])
         transfer = TransferConfig(
             stream=rng.random() < 0.7,
-            by_layer=rng.random() < 0.5,
             lease_s=lease,
             max_attempts=rng.randint(1, 3),
             num_ranks=rng.randint(1, 2),
             num_layers=rng.randint(1, 2),
+            by_layer=random.Random(f"layers {self.seed}").random() < 0.5,
         )
         return PDSchedulerConfig(
             mode=mode,
