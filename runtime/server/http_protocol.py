@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from contextlib import suppress
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -42,22 +40,7 @@ class ChunkWriter:
     def write(self, data: bytes) -> None:
         """Writes a chunk; without data there is none, as an empty chunk would end the response."""
         if data:
-            send_now(self._transport, b"%x\r\n%b\r\n" % (len(data), data))
-
-
-def send_now(transport: asyncio.Transport, data: bytes) -> None:
-    """Writes to the socket at once. uvloop's `write` waits until all data of this turn of the loop is read and handled.
-
-    What the socket does not take goes through the transport, and so does everything behind data in its buffer. To be
-    called before `connection_lost` only, after which the descriptor may belong to another connection.
-    """
-    num_sent = 0
-    if not transport.get_write_buffer_size():
-        sock = transport.get_extra_info("socket")
-        with suppress(OSError):  # a full buffer, or an error that the transport finds too
-            num_sent = os.write(sock.fileno(), data)
-    if num_sent < len(data):
-        transport.write(data[num_sent:])
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -134,7 +117,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if response is None:
             return False
         self._is_refused = True
-        send_now(self.transport, response)
+        self.transport.write(response)
         if not self.parser.should_keep_alive():
             self.transport.close()
         return True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -20,7 +18,6 @@ from servers import ScriptedChannel, TestServer, running
 
 from sageLLM.runtime.server import channel
 from sageLLM.runtime.server.exchange import Exchange
-from sageLLM.runtime.server.http_protocol import send_now
 from sageLLM.runtime.server.messages import Delta, Event, Step
 from sageLLM.runtime.server.plain_metrics import PlainCounter, PlainHistogram
 from sageLLM.runtime.server.streams import PLACE, TextFrame, frame
@@ -54,39 +51,6 @@ def test_plain_metrics_print_what_prometheus_clients_do(values: list[float]) -> 
         return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
 
     assert lines(plain) == lines(usual)
-
-
-class Transport(asyncio.Transport):
-    """Collects what goes through the transport; `waiting` is the size of its buffer."""
-
-    def __init__(self, sock: socket.socket, waiting: int = 0) -> None:
-        super().__init__({"socket": sock})
-        self.waiting, self.written = waiting, b""
-
-    def get_write_buffer_size(self) -> int:
-        return self.waiting
-
-    def write(self, data: Any) -> None:
-        self.written += data
-
-
-def test_what_a_socket_does_not_take_goes_through_the_transport() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        small, large = Transport(ours), Transport(ours)
-        send_now(small, b"abc")
-        assert (theirs.recv(10), small.written) == (b"abc", b"")
-        data = bytes(range(256)) * 2**16
-        send_now(large, data)
-        send_now(large, b"more")  # the buffer of the socket is full
-        assert 0 < len(large.written) < len(data) and large.written.endswith(data[-9:] + b"more")
-        behind = Transport(ours, waiting=1)
-        send_now(behind, b"later")
-        assert behind.written == b"later"
-    closed = Transport(ours)
-    send_now(closed, b"abc")
-    assert closed.written == b"abc"
 
 
 @given(sizes=st.lists(st.integers(0, 300), max_size=6), cuts=st.lists(st.integers(0, 2000), max_size=8))
