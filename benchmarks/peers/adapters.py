@@ -6,8 +6,9 @@ An adapter imports its engine when it is called, so that a process holds one eng
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shapes import MAX_LEN
 from variants import Variant
-from workloads import MAX_LEN, Ask, Complete
+from workloads import Ask, Complete
 
 
 def load_ours(folder: Path, variant: Variant, threads: int) -> Complete:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workloads import MAX_LEN
+MAX_LEN = 8320
+"""Tokens of the longest sequence of a workload, with room for its answer."""
 
 
 @dataclass(frozen=True, slots=True)

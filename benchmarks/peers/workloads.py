@@ -108,8 +108,6 @@ WORKLOADS = {
 }
 STANDARD = ("decode", "prefill_256", "prefill_1024", "serve_16", "serve_32")
 """The workloads of a round unless `--workloads` names others; all of them would take an hour."""
-MAX_LEN = 8320
-"""Tokens of the longest sequence, with room for its answer."""
 
 
 def ask(draw: random.Random, prompt_len: int, num_new: int) -> Ask:

@@ -83,8 +83,12 @@ def test_workloads_measure_every_engine_alike(peers: SimpleNamespace, monkeypatc
 def test_the_longest_workload_fits_and_has_a_row(peers: SimpleNamespace) -> None:
     workloads, table = peers.workloads, peers.table
     assert {*workloads.STANDARD} < {*workloads.WORKLOADS} <= {*table.UNITS}
-    assert max(one.warm_up for one in workloads.WORKLOADS.values()) + workloads.NUM_DECODED < workloads.MAX_LEN
-    assert peers.shapes.COMMON["max_position_embeddings"] == workloads.MAX_LEN
+    assert max(one.warm_up for one in workloads.WORKLOADS.values()) + workloads.NUM_DECODED < peers.shapes.MAX_LEN
+
+
+def test_other_benchmarks_import_the_shapes_by_the_folder_above() -> None:
+    code = f"import sys; sys.path[:0] = [{FOLDERS[1]!r}]; import peers.shapes"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_checkpoint_for_shorter_sequences_is_kept(peers: SimpleNamespace, tmp_path: Path) -> None:
@@ -94,7 +98,7 @@ def test_a_checkpoint_for_shorter_sequences_is_kept(peers: SimpleNamespace, tmp_
     (folder / "config.json").write_text('{"max_position_embeddings": 2048, "vocab_size": 7}')
     assert peers.shapes.checkpoint("135m", tmp_path) == folder
     config = json.loads((folder / "config.json").read_text())
-    assert config == {"max_position_embeddings": peers.workloads.MAX_LEN, "vocab_size": 7}
+    assert config == {"max_position_embeddings": peers.shapes.MAX_LEN, "vocab_size": 7}
 
 
 def test_the_check_finds_wrong_tokens_and_accepts_ties(peers: SimpleNamespace, tmp_path: Path) -> None:

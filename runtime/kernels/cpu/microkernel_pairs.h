@@ -1,11 +1,12 @@
 // Microkernel of bf16 in vector registers: AVX512_BF16 multiplies pairs along K.
 //
 // A tile is 6 rows by 4 panels, whose sums stay in registers. A block of one tile goes through all of K, so that each
-// panel is one stream of memory. A block of more rows goes through K in parts, which all of its tiles multiply in turn:
-// a part of the panels is read from memory once and then found in the L1 cache, and each tile prefetches some of the
-// next part, one line with each step, so that reading and multiplying overlap. Sums between two parts are stored as
-// they are, so that both kinds of blocks add the same products in the same order. Prepared x: [rows][K], K padded with
-// zeros.
+// panel is one stream of memory, and prefetches a line of each with each pair along K: of many prefetches at a time
+// some are lost, because a core has few buffers for them. A block of more rows goes through K in parts, which all of
+// its tiles multiply in turn: a part of the panels is read from memory once and then found in the L1 cache, and each
+// tile prefetches some of the next part, one line with each step, so that reading and multiplying overlap. Sums between
+// two parts are stored as they are, so that both kinds of blocks add the same products in the same order. Prepared x:
+// [rows][K], K padded with zeros.
 #pragma once
 
 #include <utility>
@@ -62,14 +63,28 @@ inline __attribute__((always_inline)) void store_sums(float* sums, int64_t strid
         for (int64_t p = 0; p < PANELS; ++p) _mm512_store_ps(sums + row * stride + p * PANEL, sum[row][p]);
 }
 
-// All of K, with the prefetch of the GEMM.
+// The next line of each panel of this block.
+template <int PANELS>
+inline __attribute__((always_inline)) void prefetch_lines(Prefetch& prefetch) {
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < PANELS; ++p) __builtin_prefetch(prefetch.from + p * prefetch.stride, 0, 3);
+    prefetch.from += 64;
+}
+
+// All of K, with the prefetch of the GEMM. A line of a panel has a pair along K.
 template <int ROWS, int PANELS>
 __attribute__((noinline)) void whole_tile(float* sums, const bf16* x, int64_t K, const bf16* w, Prefetch prefetch) {
     __m512 sum[ROWS][PANELS] = {};
-    for (int64_t k = 0; k < K; k += 2, w += PANEL * 2) {
-        if (k % DEPTH == 0) prefetch_step(prefetch);
-        add_pair(sum, x + k, K, w, K * PANEL);
-    }
+    if (prefetch.into_l1)
+        for (int64_t k = 0; k < K; k += 2, w += PANEL * 2) {
+            prefetch_lines<PANELS>(prefetch);
+            add_pair(sum, x + k, K, w, K * PANEL);
+        }
+    else
+        for (int64_t k = 0; k < K; k += 2, w += PANEL * 2) {
+            if (k % DEPTH == 0) prefetch_step(prefetch);
+            add_pair(sum, x + k, K, w, K * PANEL);
+        }
     store_sums(sums, PANELS * PANEL, sum);
 }
 
