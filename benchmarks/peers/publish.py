@@ -1,4 +1,4 @@
-"""Writes the table of a comparison into the documentation: docs/benchmarks.md, both READMEs and the plot.
+"""Writes a comparison into the documentation: docs/benchmarks.md, docs/formats.md, both READMEs and the plot.
 
     python benchmarks/peers/publish.py [benchmarks/results/peers.json]
 
@@ -67,6 +67,19 @@ def readme_block(result: Mapping[str, Any], *, is_chinese: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def formats_block(result: Mapping[str, Any]) -> str:
+    """The speed of ours by the form of the weights, of one request and of a prompt of 1024 tokens."""
+    figures = [(shape, figure) for shape in SHAPES for figure in ("decode", "prefill_1024")]
+    titles = [f"{SHAPES[shape]}: {FIGURES[figure][0]}" for shape, figure in figures]
+    lines = [f"| weights | {' | '.join(titles)} |", "|---" + "|--:" * len(figures) + "|"]
+    for variant in VARIANTS.values():
+        rows = [result["rows"].get(shape, {}).get("native", {}).get(figure, {}) for shape, figure in figures]
+        if variant.engine == "ours" and any(variant.name in row for row in rows):
+            cells = [f"{row[variant.name]['median']:g}" if variant.name in row else "" for row in rows]
+            lines.append(f"| {variant.form} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def replace_block(path: Path, block: str) -> None:
     """Replaces the lines between the marks of a page."""
     text = path.read_text(encoding="utf-8")
@@ -81,6 +94,7 @@ def main(path: Path) -> None:
     replace_block(ROOT / "README.md", readme_block(result, is_chinese=False))
     replace_block(ROOT / "README.zh-CN.md", readme_block(result, is_chinese=True))
     replace_block(ROOT / "docs" / "benchmarks.md", text_of(result) + "\n")
+    replace_block(ROOT / "docs" / "formats.md", formats_block(result))
     sys.path.append(str(ROOT / "docs" / "images"))
     import measured
 

@@ -196,6 +196,7 @@ def test_a_result_is_published_unless_the_machine_was_busy(
     for is_chinese in (False, True):
         block = peers.publish.readme_block(result, is_chinese=is_chinese)
         assert "102 tok/s, 2.00x vllm | `make bench-peers` |" in block and "2026-01-02" in block
+    assert "| bf16 | 102 |" in peers.publish.formats_block(result)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{peers.publish.BEGIN}old\n{peers.publish.END}after\n")
     peers.publish.replace_block(page, "new\n")
