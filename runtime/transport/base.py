@@ -215,7 +215,8 @@ class QueuedTransport(ABC):
         except Stopped:
             return  # `cancel` reports it
         except Exception as error:
-            self._report("failed", handle.key, reason=f"{type(error).__name__}: {error}")
+            if not self.is_cancelled(handle.key):  # otherwise, as above
+                self._report("failed", handle.key, reason=f"{type(error).__name__}: {error}")
             return
         self._sent(handle.key, digests)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 from sageLLM.runtime.transport.channel import answer_challenge
 from sageLLM.runtime.transport.frames import FrameError, Reply, receive_header
@@ -48,7 +49,11 @@ class Answers:
 
 
 class Link:
-    """A connection to one rank. A thread takes the answers, in the order of the pieces."""
+    """A connection to one rank. A thread takes the answers, in the order of the pieces.
+
+    An answer has SECONDS from the end of its piece, or from the answer before it. While a piece is being sent only the
+    sender has a limit, as layers that are computed one after another take any time together.
+    """
 
     def __init__(self, address: str, key: bytes) -> None:
         """Raises OSError, and AuthenticationError if the other end does not have the key."""
@@ -62,6 +67,7 @@ class Link:
             self.stream.close()
             raise
         self._lock, self._is_open = threading.Lock(), True
+        self._is_sending, self._progress_at = False, time.monotonic()
         self._unanswered: deque[Answers] = deque()
         self._incoming = self.stream.dup()  # each thread closes its own descriptor
         threading.Thread(target=self._run, name="sagellm-kv-answers", daemon=True).start()
@@ -78,6 +84,12 @@ class Link:
                 raise ConnectionResetError("the other end has closed the connection")
             answers.expect()
             self._unanswered.append(answers)
+            self._is_sending = True
+
+    def end_piece(self) -> None:
+        """The piece is sent; its answer is due."""
+        with self._lock:
+            self._is_sending, self._progress_at = False, time.monotonic()
 
     def stop(self) -> None:
         """Ends the sending, also one that waits. The receiver drops an incomplete piece, and answers those before."""
@@ -98,9 +110,12 @@ class Link:
     def _run(self) -> None:
         try:
             while True:
+                while not wait([self._incoming], self._seconds_left()):
+                    pass
                 reply, _ = receive_header(self._incoming)
                 if not isinstance(reply, Reply) or not self._unanswered:
                     raise FrameError("unexpected answer")
+                self._progress_at = time.monotonic()
                 self._unanswered.popleft().take(reply.reason)
         except (FrameError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -110,3 +125,12 @@ class Link:
         while self._unanswered:
             self._unanswered.popleft().take(reason)
         self._incoming.close()
+
+    def _seconds_left(self) -> float:
+        """The time for the next answer. Raises TimeoutError if it is over, and lets no further piece be sent then."""
+        with self._lock:
+            left = SECONDS if self._is_sending else self._progress_at + SECONDS - time.monotonic()
+            self._is_open = self._is_open and left > 0
+        if left <= 0:
+            raise TimeoutError(f"no answer within {SECONDS:g} s")
+        return left

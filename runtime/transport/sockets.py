@@ -51,10 +51,18 @@ class Connections:
                     time.sleep(PAUSE_SECONDS)
                 continue
             if len(self._open) < MAX_CONNECTIONS:
-                self._open.add(stream)
-                threading.Thread(target=self._run, args=(stream,), name=self._name, daemon=True).start()
+                self._begin(stream)
             else:
                 stream.close()
+
+    def _begin(self, stream: socket.socket) -> None:
+        self._open.add(stream)
+        try:
+            threading.Thread(target=self._run, args=(stream,), name=self._name, daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left
+            LOG.warning("a connection could not be served: %s", error)
+            self._open.discard(stream)
+            stream.close()
 
     def _run(self, stream: socket.socket) -> None:
         try:

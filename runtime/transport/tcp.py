@@ -85,6 +85,7 @@ class TcpTransport(QueuedTransport):
                 send_header(link.stream, Layers(some[0], len(some)), sum(one.num_bytes for one in rows))
                 digest = self.copier.send(link.stream, rows, digest)
             send_header(link.stream, End())
+            link.end_piece()
         except BaseException:
             link.drop()  # the receiver must not take what follows for the rest of this piece
             raise

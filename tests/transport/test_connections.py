@@ -77,3 +77,20 @@ def test_connections_are_bounded_and_end_with_the_listener(monkeypatch: pytest.M
     with pytest.raises(OSError):
         socket.create_connection(address, timeout=1)
     streams[0].close()
+
+
+def test_a_connection_without_a_thread_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    connections = Connections(listener, "test", lambda stream: stream.sendall(b"in"))
+
+    def start(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sockets.threading.Thread, "start", start)
+        with socket.create_connection(address, timeout=20) as stream:
+            assert stream.recv(2) == b""
+    with socket.create_connection(address, timeout=20) as stream:
+        assert stream.recv(2) == b"in", "the listener goes on"
+    connections.close()

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
 
-from sageLLM.runtime.transport import tcp
+from sageLLM.runtime.transport import link, tcp
 from sageLLM.runtime.transport.base import KVTransport, Place, Report
 from sageLLM.runtime.transport.channel import answer_challenge, challenge
 from sageLLM.runtime.transport.frames import End as PieceEnd
@@ -337,6 +338,67 @@ def test_layers_are_sent_as_they_are_computed(make_group: MakeGroup) -> None:
     pushed = reports_of(group.ends[0][0])
     assert [report.kind for report in group.check(handle, pushed)] == ["received"]
     assert torch.equal(group.tokens(0, handle), group.tokens(1, handle))
+
+
+class Slow:
+    """A gate that opens a layer after some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def wait(self, layer: int, seconds: float) -> bool | None:
+        time.sleep(self.seconds)
+        return True
+
+
+def test_a_long_piece_may_take_longer_than_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that arrive one after another are progress, although nothing is answered meanwhile."""
+    for module in (link, tcp):
+        monkeypatch.setattr(module, "SECONDS", 1.0)
+    group = Group("tcp")
+    try:
+        handle = group.handle(0, 8)
+        group.ends[0][0].push(sign(handle, KEY), group.addresses(), Slow(0.6))
+        pushed = [one for one in reports_of(group.ends[0][0]) if one.kind != "alive"]
+        assert [(one.kind, one.reason) for one in pushed] == [("pushed", "")]
+        assert [report.kind for report in group.check(handle, pushed)] == ["received"]
+    finally:
+        group.close()
+
+
+def test_an_answer_that_does_not_come_fails_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "SECONDS", 1.0)
+    group = Group("tcp")
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = "{}:{}".format(*listener.getsockname())
+            group.ends[0][0].push(sign(group.handle(0, 8), KEY), [address])
+            stream, _ = listener.accept()
+        with stream:
+            with Connection(os.dup(stream.fileno())) as connection:
+                challenge(connection, KEY)
+            [report] = reports_of(group.ends[0][0])
+            assert report.kind == "failed" and "no answer within 1 s" in report.reason
+    finally:
+        group.close()
+
+
+def test_a_piece_that_is_cancelled_in_a_send_has_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group("tcp")
+    try:
+        end, handle = group.ends[0][0], group.handle(0, 8)
+        assert isinstance(end, TcpTransport)
+        send = end.copier.send
+
+        def cancelled(*arguments: Any) -> int:
+            end.cancel(handle.key)
+            return send(*arguments)
+
+        monkeypatch.setattr(end.copier, "send", cancelled)
+        assert [one.kind for one in group.push(sign(handle, KEY))] == ["stopped"]
+        assert end.poll(0.2) == []
+    finally:
+        group.close()
 
 
 def test_a_cancelled_piece_stops_between_two_layers(make_group: MakeGroup) -> None:
