@@ -203,6 +203,11 @@ class Engine:
         """The longest prompt with its answer, in tokens: that of the model, or of the KV cache if it holds less."""
         return self._scheduler.max_seq_len or self.model.max_model_len
 
+    @property
+    def request_ids(self) -> list[str]:
+        """The requests that have not ended, in order of arrival."""
+        return list(self._groups)
+
     def submit(self, group: RequestGroup) -> None:
         """Queues a prepared request. Changes nothing if it raises."""
         if not self._groups:

@@ -81,36 +81,41 @@ class KVPort:
         place = Place(worker, 0, self.epoch, [[part], [part]], key, best_digest())
         self.transport = TcpTransport(place, host)
         self.transport.register(PoolShard(part, pool.block_size, pool.keys, values))
-        self._ends: dict[PieceKey, SimpleQueue[Report]] = {}
+        self._ends: list[tuple[PieceKey, SimpleQueue[Report]]] = []
         self.is_closed = False
         threading.Thread(target=self._distribute, name="sagellm-kv-reports", daemon=True).start()
 
     def expect(self, key: PieceKey) -> SimpleQueue[Report]:
         """A queue of the reports about a copy, but for those that renew its lease; `forget` ends it."""
-        self._ends[key] = SimpleQueue()
-        return self._ends[key]
+        reports: SimpleQueue[Report] = SimpleQueue()
+        self._ends.append((key, reports))
+        return reports
 
-    def forget(self, key: PieceKey) -> None:
-        self._ends.pop(key, None)
+    def forget(self, key: PieceKey, reports: SimpleQueue[Report]) -> None:
+        self._ends.remove((key, reports))
 
-    def stop(self, key: PieceKey, reports: SimpleQueue[Report]) -> None:
-        """Returns when nothing reads or writes for a copy any more."""
-        self.transport.cancel(key)
-        while not self.is_closed and reports.get().kind != "stopped":
-            pass
+    def stop(self, key: PieceKey) -> None:
+        """Returns when nothing reads or writes for a copy any more, and nothing will; all queues get this report."""
+        reports = self.expect(key)
+        try:
+            self.transport.cancel(key)
+            while not self.is_closed and reports.get().kind != "stopped":
+                pass
+        finally:
+            self.forget(key, reports)
 
     def close(self) -> None:
         """Stops all copies; those that wait for a report get one."""
         self.transport.close()
         self.is_closed = True
-        for key, reports in list(self._ends.items()):
+        for key, reports in list(self._ends):
             reports.put(Report("stopped", key, 0, reason="the engine is being closed"))
 
     def _distribute(self) -> None:
         while reports := self.transport.poll(None):
             for report in reports:
-                queue = self._ends.get(report.key)
-                if queue is not None and report.kind != "alive":
+                queues = [queue for key, queue in list(self._ends) if key == report.key and report.kind != "alive"]
+                for queue in queues:
                     queue.put(report)
 
 
@@ -224,10 +229,10 @@ class KVKeeper:
             try:
                 report = reports.get(timeout=FETCH_SECONDS)
             except Empty:
-                self._port.stop(fetch.key, reports)
+                self._port.stop(fetch.key)
                 return NotFetched(f"the copy took longer than {FETCH_SECONDS:g} s")
         finally:
-            self._port.forget(fetch.key)
+            self._port.forget(fetch.key, reports)
         if report.kind != "pushed" or kept.is_lost:
             return NotFetched(report.reason or "the engine with the KV has lost it")
         kept.is_done = True
@@ -255,8 +260,7 @@ class KVFetcher:
         self._threads = ThreadPoolExecutor(NUM_FETCHES, "sagellm-kv-fetch")
         self._borrowed: dict[str, Handover] = {}
         self._waiting: list[tuple[Fetch, OnEnd]] = []
-        self._num_running = 0
-        self._ended = threading.Condition()
+        self._running: set[PieceKey] = set()
 
     def begin(self, ticket: Ticket, token_ids: list[int], salt: str, on_end: OnEnd) -> str | None:
         """Reserves blocks for the full blocks of a prompt, and fetches what is missing.
@@ -287,8 +291,7 @@ class KVFetcher:
         ready = [one for one in self._waiting if self._borrowed[one[0].key.request_id].is_ready(one[0].key.request_id)]
         for one in ready:
             self._waiting.remove(one)
-            with self._ended:
-                self._num_running += 1
+            self._running.add(one[0].key)
             self._threads.submit(self._run, *one)
 
     def finish(self, name: str, num_arrived: int) -> None:
@@ -298,11 +301,15 @@ class KVFetcher:
             handover.end_loan(name, num_arrived)
 
     def reset(self) -> None:
-        """The engine has lost its KV: ends all loans, when nothing is written to their blocks."""
+        """The engine has lost its KV: ends all loans, when nothing is written to their blocks any more.
+
+        That is at once, or after a second if a source has stopped within a piece; the fetches end by themselves.
+        """
         self._borrowed.clear()
         self._waiting.clear()
-        with self._ended:
-            self._ended.wait_for(lambda: self._num_running == 0)
+        running, self._running = self._running, set()
+        for key in list(running):
+            self._port.stop(key)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -317,12 +324,10 @@ class KVFetcher:
             num_arrived = fetch.key.start + self._copy(fetch, reports)
         except (FetchError, SageError, OSError, EOFError, MessageError) as error:
             reason = str(error) or type(error).__name__
-            self._port.stop(fetch.key, reports)
+            self._port.stop(fetch.key)
         finally:
-            self._port.forget(fetch.key)
-            with self._ended:
-                self._num_running -= 1
-                self._ended.notify_all()
+            self._port.forget(fetch.key, reports)
+            self._running.discard(fetch.key)
         on_end(fetch.key.request_id, num_arrived, reason)
 
     def _copy(self, fetch: Fetch, reports: SimpleQueue[Report]) -> int:
@@ -330,7 +335,7 @@ class KVFetcher:
         connection = channel.connect(fetch.ticket.host, fetch.ticket.port, self._port.key, CONNECT_SECONDS)
         with connection:
             connection.send_bytes(encode(fetch))
-            self._await_answer(connection)
+            self._await_answer(connection, fetch.key)
             answer = decode_answer(connection.recv_bytes(MAX_MESSAGE_BYTES))
         if isinstance(answer, NotFetched):
             raise FetchError(answer.reason)
@@ -343,10 +348,12 @@ class KVFetcher:
             raise FetchError(report.reason)
         return answer.num_tokens
 
-    def _await_answer(self, connection: Connection) -> None:
+    def _await_answer(self, connection: Connection, key: PieceKey) -> None:
         deadline = time.monotonic() + FETCH_SECONDS
         while not connection.poll(CHECK_SECONDS):
             if self._port.is_closed:
                 raise FetchError("the engine is being closed")
+            if key not in self._running:
+                raise FetchError("the engine has lost its KV")
             if time.monotonic() > deadline:
                 raise FetchError(f"no answer within {FETCH_SECONDS:g} s")

@@ -220,8 +220,9 @@ class EngineClient:
             case Embedded(request_id=request_id, vectors=vectors):
                 if (future := self._embeddings.get(request_id)) is not None and not future.done():
                     future.set_result(vectors)
-            case StepFailed(message=message):
-                self._fail_all(EngineError(message))
+            case StepFailed(request_ids=request_ids, message=message):
+                for request_id in request_ids:  # the engine has others in its queue
+                    self._fail(request_id, EngineError(message))
             case Ready():
                 self._settle_start(event)
             case Refused(message=message):

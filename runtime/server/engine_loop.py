@@ -160,13 +160,14 @@ class EngineLoop:
         try:
             changed = engine.step_answers()
         except Exception as error:
+            ended = engine.request_ids
             failure = engine.reset(error)
             if self._handoff is not None:
-                self._handoff.reset()
+                ended += self._handoff.reset()
             self._num_sent.clear()
             self._waiting.clear()
             self._queue_seconds.clear()
-            self._send(StepFailed(str(failure)))
+            self._send(StepFailed(ended, str(failure)))
             return
         if self._waiting:
             self._note_scheduled()

@@ -85,13 +85,15 @@ class KVHandoff:
         if self._fetcher is not None:
             self._fetcher.start_ready()
 
-    def reset(self) -> None:
-        """The engine has started with an empty scheduler."""
+    def reset(self) -> list[str]:
+        """The engine has started with an empty scheduler; returns the requests that do not wait any more."""
+        ended = [one.command.request_id for one in self._waiting.values()]
         self._waiting.clear()
         if self._keeper is not None:
             self._keeper.reset()
         if self._fetcher is not None:
             self._fetcher.reset()
+        return ended
 
     def close(self) -> None:
         for one in (self._keeper, self._fetcher):

@@ -186,8 +186,9 @@ class Embedded(msgspec.Struct, tag="embedded", frozen=True):
 
 
 class StepFailed(msgspec.Struct, tag="step_failed", frozen=True):
-    """A step failed for a reason that belongs to no single request; all requests have ended."""
+    """A step failed for a reason that belongs to no single request: all that the engine had by then have ended."""
 
+    request_ids: list[str]
     message: str
 
 

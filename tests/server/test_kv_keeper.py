@@ -9,13 +9,14 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
+import torch
 from msgspec.structs import replace
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.kv_exchange import KVFetcher, KVKeeper
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.transport import channel
-from sageLLM.runtime.transport.ticket import Ticket, TicketError
+from sageLLM.runtime.transport.ticket import NotFetched, Ticket, TicketError, decode_answer
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 KEY = b"k" * 32
@@ -93,6 +94,28 @@ def test_a_fetch_ends_as_the_engine_is_closed(llm: LLM) -> None:
         assert ends.get(timeout=20) == (name, 0, "the engine is being closed")
         connection.close()
     keeper.close()
+    other.close()
+
+
+def test_a_reset_ends_fetches_at_once_and_nothing_writes_to_their_blocks(llm: LLM) -> None:
+    other = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
+    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(other.engine, KEY)
+    pool = other.engine.executor.decoder.runner.pool  # type: ignore[attr-defined]
+    ends: SimpleQueue[tuple[str, int, str]] = SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ticket = replace(keeper.keep("a", PROMPTS[-1], ""), port=silent.getsockname()[1])
+        name = fetcher.begin(ticket, PROMPTS[-1], "", lambda *end: ends.put(end))
+        connection, _ = channel.accept(silent, KEY)
+        fetch, before, start = connection.recv_bytes(), [one.clone() for one in pool.keys], time.monotonic()
+        fetcher.reset()
+        assert time.monotonic() < start + 2
+        assert ends.get(timeout=20) == (name, 0, "the engine has lost its KV")
+    with channel.connect(*keeper.address, KEY, 5) as late:
+        late.send_bytes(fetch)
+        assert decode_answer(late.recv_bytes()) == NotFetched("the piece was cancelled")
+    assert all(map(torch.equal, pool.keys, before))
+    keeper.close()
+    fetcher.close()
     other.close()
 
 

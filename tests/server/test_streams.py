@@ -7,11 +7,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx2
 import pytest
-from servers import ScriptedChannel, TestServer, running
+from servers import MODEL, ScriptedChannel, TestServer, engine_channel, running
 
+from sageLLM import LLM
+from sageLLM.runtime.engine.sequences import Sequence
 from sageLLM.runtime.server.messages import StepFailed
 
 BODY = {"prompt": [5, 6], "max_tokens": 100, "stream": True}
@@ -127,7 +130,7 @@ def test_a_failed_step_and_a_failed_request_are_errors() -> None:
             answers.append(server.post("/v1/completions", {"prompt": [5], "max_tokens": 9}))
 
         for event, code, text in (
-            (lambda name: channel.emit(StepFailed("a step of the engine failed")), 500, "a step of the engine failed"),
+            (lambda name: channel.emit(StepFailed([name], "a step failed")), 500, "a step failed"),
             (lambda name: channel.reject(name, "too long", "prompt"), 400, "too long"),
             (
                 lambda name: channel.emit_tokens(name, [7], "abort", stop_reason="the logits are not finite"),
@@ -183,3 +186,24 @@ def test_quiet_streams_have_comments() -> None:
         channel.emit_tokens(name, [7], "length")
         rest = [line for line in lines if not line.startswith(":")]
         assert len(rest) == 2 and rest[-1] == "data: [DONE]"
+
+
+def test_a_failed_step_ends_the_requests_that_the_engine_has_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that waits in the queue before the engine, which is answered after it."""
+    llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
+    step = llm.engine.step_answers
+    with running(lambda: engine_channel(llm)) as server, ThreadPoolExecutor(2) as threads:
+
+        def fail() -> list[Sequence]:
+            monkeypatch.setattr(llm.engine, "step_answers", step)
+            second.append(threads.submit(server.post, "/v1/completions", {"prompt": [7], "max_tokens": 3}))
+            while server.service.client.num_requests < 2:
+                time.sleep(0.01)
+            raise OSError("no space left")
+
+        second: list[Future[httpx2.Response]] = []
+        monkeypatch.setattr(llm.engine, "step_answers", fail)
+        first = server.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 100})
+        assert first.status_code == 500 and "no space left" in first.json()["error"]["message"]
+        assert second[0].result(30).json()["usage"]["completion_tokens"] == 3
+    assert not llm.engine.has_work
