@@ -16,9 +16,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -115,23 +117,20 @@ def run_part(part: Part, environ: Mapping[str, str], end: float) -> dict[str, An
     limit = min(part.limit, end - start)
     if limit <= 1:
         return {"seconds": 0.0, "ended": "not run: no time was left"}
-    process = subprocess.Popen(
-        part.command,
-        env={**os.environ, **environ},
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=limit)
-        ended = "complete" if process.returncode == 0 else f"failed with status {process.returncode}"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-        ended = f"stopped after {limit:.0f} s"
-    found = {"seconds": round(time.monotonic() - start, 1), "ended": ended}
-    return found if ended == "complete" else {**found, "stderr": errors[-2000:]}
+    with tempfile.TemporaryFile() as errors:  # a pipe would stay open in compilers that the part leaves behind
+        process = subprocess.Popen(part.command, env={**os.environ, **environ}, stderr=errors, start_new_session=True)
+        try:
+            status = process.wait(limit)
+            ended = "complete" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+                process.wait(10)
+            ended = f"stopped after {limit:.0f} s"
+        found = {"seconds": round(time.monotonic() - start, 1), "ended": ended}
+        errors.seek(0)
+        text = errors.read().decode(errors="replace")
+    return found if ended == "complete" else {**found, "stderr": text[-2000:]}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -50,3 +50,13 @@ def test_parts_are_divided_among_devices_and_end_with_the_time_of_the_run(gpu: M
     report = gpu.run_parts(parts, ["0", "1"], out, rows, 1.5, {})
     ended = sorted(part["ended"].partition(" after")[0] for part in report["parts"].values())
     assert ended == ["not run: no time was left", "stopped", "stopped"]
+
+
+def test_processes_that_a_part_leaves_behind_do_not_delay_the_run(gpu: ModuleType, tmp_path: Path) -> None:
+    """Compilers of torch have a session of their own, so that they outlive a part that is killed."""
+    left = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'], start_new_session=True)"
+    code = f"import subprocess, sys, time; print('unwell', file=sys.stderr, flush=True); {left}; time.sleep(60)"
+    start = time.monotonic()
+    found = gpu.run_part(gpu.Part("hang", [sys.executable, "-c", code], 3.0), {}, start + 60)
+    assert time.monotonic() - start < 12
+    assert (found["ended"], found["stderr"]) == ("stopped after 3 s", "unwell\n")

@@ -42,6 +42,7 @@ def findings(everything: bool) -> Iterator[Finding]:
         yield finding
     yield from (Finding(op, "", "", 0.0, "was not run") for op in KERNELS if op not in run)
     yield from engine_findings(3 if everything else 2)
+    yield routing_finding()
     yield benchmark_finding(everything)
 
 
@@ -59,6 +60,32 @@ def engine_findings(num_tokens: int) -> Iterator[Finding]:
     step = launched[ends[-2] + 1 : ends[-1] + 1]
     allowed = LAUNCHES_PER_LAYER * llm.model.config.L + LAUNCHES_PER_STEP
     yield Finding("engine", "launches", "bf16", 0.0, "" if len(step) <= allowed else f"{len(step)} launches: {step}")
+
+
+def routing_finding() -> Finding:
+    """A layer of experts makes its routing table once for both products, and a dense layer none.
+
+    A step with no more pairs of a row and an expert than experts needs none: here the one with the longest request.
+    """
+    sys.path.append(str(ROOT))
+    conftest = importlib.import_module("tests.conftest")
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    config = conftest.small_config({**sizes, "mlp_only_layers": [1]})
+    prompts, lengths = [[5, 7, 11], [6, 8], [9]], [2, 2, 3]  # steps of 12, 6 and 2 pairs
+    params = [SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True) for length in lengths]
+    tokens, launched = [], []
+    with tempfile.TemporaryDirectory() as name:
+        conftest.save_random_model(Path(name), "Qwen3Moe", 0, "5GB", config)
+        for kernels in ("reference", "triton"):
+            llm = LLM(model=name, kernels=kernels, skip_tokenizer=True)
+            with recorded_launches(launched):
+                tokens.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    steps = " ".join(launched).split("_lm_head_sample_merge")[:-1]
+    names = ("_routing_kernel", "_expert_linear_kernel", "_expert_down_kernel")
+    counts = [[step.split().count(one) for one in names] for step in steps]
+    wrong = "" if tokens[0] == tokens[1] else f"other tokens: {tokens}"
+    wrong += "" if counts == [[2, 2, 2], [2, 2, 2], [0, 2, 2]] else f"launches per step of {names}: {counts}"
+    return Finding("engine", "routing tables", "f32", 0.0, wrong)
 
 
 LAUNCHES_PER_LAYER = 6
