@@ -33,8 +33,8 @@ class TestServer:
 
     __test__ = False
 
-    def __init__(self, service: Service, url: str) -> None:
-        self.service, self.url = service, url
+    def __init__(self, service: Service, url: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.service, self.url, self._loop = service, url, loop
         self.http = httpx2.Client(base_url=url, timeout=60, trust_env=False)
 
     def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx2.Response:
@@ -42,6 +42,14 @@ class TestServer:
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         return self.http.get(path, **options)
+
+    def num_tasks(self) -> int:
+        """The tasks of the server's event loop."""
+
+        async def count() -> int:
+            return len(asyncio.all_tasks())
+
+        return asyncio.run_coroutine_threadsafe(count(), self._loop).result(30)
 
 
 @cache
@@ -75,7 +83,7 @@ def running(make_channel: Callable[[], Channel], **settings: Any) -> Iterator[Te
     thread.start()
     assert is_ready.wait(60)
     assert not problems, problems
-    server = TestServer(service, url)
+    server = TestServer(service, url, loop)
     try:
         yield server
     finally:

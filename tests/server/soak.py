@@ -22,6 +22,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 from servers import MODEL
@@ -89,6 +90,56 @@ async def one_request(address: Address, draw: random.Random, cancel: float) -> s
         return "cancelled"
 
 
+class ShortRequests(asyncio.Protocol):
+    """Requests for one to three tokens over a kept connection, at little cost for the client; a cancel closes it."""
+
+    def __init__(self, address: Address, draw: random.Random) -> None:
+        self._address, self._draw = address, draw
+        self._transport: asyncio.Transport | None = None
+        self._data = bytearray()
+        self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def ask(self, cancel: float) -> str:
+        """Sends one, and closes the connection after a random time for the share `cancel` of them."""
+        loop = asyncio.get_running_loop()
+        if self._transport is None or self._transport.is_closing():
+            self._transport, _ = await loop.create_connection(lambda: self, self._address.host, self._address.port)
+        self._answer = loop.create_future()
+        self._data.clear()
+        self._transport.write(self._request())
+        if self._draw.random() < cancel:
+            await asyncio.sleep(self._draw.choice([0, 0, 0.001, 0.005]))
+            if not self._answer.done():
+                self._transport.abort()
+                return "cancelled"
+        answer = await self._answer
+        status, _, rest = answer.partition(b"\r\n")
+        is_whole = status == b"HTTP/1.1 200 OK" and b'"length"' in rest and b'{"error"' not in rest
+        return "complete" if is_whole else str(status)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        head, found, body = self._data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        is_whole = len(body) == int(length[1]) if length else body.endswith(b"\r\n0\r\n\r\n")
+        if found and is_whole and not self._answer.done():
+            self._answer.set_result(bytes(self._data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._answer.done():
+            self._answer.set_result(b"the connection was cut")
+
+    def _request(self) -> bytes:
+        draw = self._draw
+        fields = {"max_tokens": draw.randint(1, 3), "temperature": 0, "ignore_eos": True, "stream": draw.random() < 0.5}
+        body = msgspec.json.encode({"prompt": [draw.randrange(500) for _ in range(draw.randint(1, 8))], **fields})
+        return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 def resources(server: ServeProcess) -> dict[str, float]:
     """Counts that must be the same whenever nothing runs, and resident memory in MiB."""
     page = server.http.get("/metrics").text
@@ -118,19 +169,24 @@ async def soak(
     seed: int,
     seconds: float | None = None,
     on_end: Callable[[int], None] = lambda num_ended: None,
+    short: float = 0,
 ) -> Counter[str]:
-    """Requests of so many clients, each one after another; no new ones after `seconds`."""
+    """Requests of so many clients, each one after another; no new ones after `seconds`. The share `short` is short."""
     draw, ends = random.Random(seed), Counter[str]()
     remaining, start = iter(range(num_requests)), time.monotonic()
 
     async def worker() -> None:
+        client = ShortRequests(address, draw)
         for _ in remaining:
             if seconds is not None and time.monotonic() > start + seconds:
-                return
-            ends[await one_request(address, draw, cancel)] += 1
+                break
+            is_short = draw.random() < short
+            ends[await (client.ask(cancel) if is_short else one_request(address, draw, cancel))] += 1
             on_end(ends.total())
+        client.close()
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
+    await asyncio.sleep(0)  # the transports close their sockets in the next round of the loop
     return ends
 
 
