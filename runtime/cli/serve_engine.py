@@ -26,6 +26,7 @@ from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.server.channel import EngineSide
 from sageLLM.runtime.server.messages import Command, Crashed, Event, HandoffSpec, Refused
+from sageLLM.runtime.transport.channel import read_key
 
 PARENT_CHECK_SECONDS = 0.5
 
@@ -55,11 +56,12 @@ def _as_path(kind: type, value: Any) -> Any:
 
 def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: Callable[[Event], None]) -> None:
     """Builds the engine, reports that, and serves until None is in the queue."""
-    # These load torch, which the front does not need.
-    from sageLLM.runtime.server.engine_loop import EngineLoop, describe, warm_up
-
     options = spec.options
     try:
+        key = b"" if spec.handoff is None else read_key()
+        # This loads torch, which the front does not need, and neither does a refusal for a missing key.
+        from sageLLM.runtime.server.engine_loop import EngineLoop, describe, warm_up
+
         llm = options.load(Path(spec.model), skip_tokenizer=True)
     except SageError as error:
         send(Refused(str(error)))
@@ -70,7 +72,7 @@ def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: 
             from sageLLM.runtime.loader.digest import checkpoint_digest
             from sageLLM.runtime.server.kv_handoff import KVHandoff
 
-            handoff = KVHandoff(llm.engine, spec.handoff, commands, checkpoint_digest(Path(spec.model)))
+            handoff = KVHandoff(llm.engine, spec.handoff, commands, key, checkpoint_digest(Path(spec.model)))
         warm_up(llm)
         gc.collect()
         gc.freeze()  # the engine stays until the process ends: a full collection would look at its graphs in vain

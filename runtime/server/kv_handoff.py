@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from sageLLM.runtime.engine.kv_exchange import KVFetcher, KVKeeper
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.server.messages import Arrived, Command, HandoffSpec, Submit
-from sageLLM.runtime.transport.channel import read_key
 from sageLLM.runtime.transport.ticket import TicketError, open_ticket, seal
 from sageLLM.runtime.worker.faults import LOG
 
@@ -27,10 +26,10 @@ class KVHandoff:
     """Keeps the KV of the prompts of a prefill engine, or fetches that of a decode engine's, for the engine's loop."""
 
     def __init__(
-        self, engine: Engine, spec: HandoffSpec, commands: SimpleQueue[Command | None], weights: str = ""
+        self, engine: Engine, spec: HandoffSpec, commands: SimpleQueue[Command | None], key: bytes, weights: str = ""
     ) -> None:
-        """`weights` is a digest of them. Raises SageError without a key, or for an engine that cannot exchange KV."""
-        self._key, self._policy, self._commands = read_key(), spec.policy, commands
+        """`weights` is a digest of them. Raises SageError for an engine that cannot exchange KV."""
+        self._key, self._policy, self._commands = key, spec.policy, commands
         self._keeper = KVKeeper(engine, self._key, spec.host, weights) if spec.role == "prefill" else None
         self._fetcher = KVFetcher(engine, self._key, spec.host, weights) if spec.role == "decode" else None
         self._waiting: dict[str, Waiting] = {}

@@ -6,7 +6,8 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ PROMPTS = [[3 + (7 * i + j * j) % 300 for j in range(length)] for i, length in e
 PARAMS = SamplingParams(max_tokens=12, temperature=0)
 FEW = SamplingParams(max_tokens=1, temperature=0)
 Role = Literal["prefill", "decode"]
+SECONDS = 120
 
 
 class Answer(NamedTuple):
@@ -59,40 +61,54 @@ async def ask(client: EngineClient, prompt: list[int], params: SamplingParams, t
     return Answer(token_ids, found[0].num_cached_tokens or 0, found[-1].kv_ticket or "")
 
 
-def with_engines(
-    monkeypatch: pytest.MonkeyPatch,
-    use: Callable[[EngineClient, EngineClient], Coroutine[Any, Any, None]],
-    policy: Literal["recompute", "fail"] = "recompute",
-    key: str = KEY,
-    model: Path = MODEL,
-) -> None:
-    monkeypatch.setenv("SAGELLM_KEY", key)
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """The event loop of all engines, with their key."""
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
+        patch.setenv("SAGELLM_KEY", KEY)
+        yield runner
 
-    async def run() -> None:
-        engines = make_client("prefill", model=model), make_client("decode", policy)
-        try:
-            await asyncio.gather(*(one.start() for one in engines))
-            await asyncio.wait_for(use(*engines), 120)
-        finally:
-            await asyncio.gather(*(one.close() for one in engines))
 
-    asyncio.run(run())
+@contextmanager
+def engine(runner: asyncio.Runner, role: Role, **options: Any) -> Iterator[EngineClient]:
+    client = make_client(role, **options)
+    runner.run(client.start())
+    try:
+        yield client
+    finally:
+        runner.run(client.close())
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[tuple[int, ...]]:
-    llm = LLM(MODEL, max_model_len=256, dtype="float32")
-    return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS)]
+def prefill(runner: asyncio.Runner) -> Iterator[EngineClient]:
+    with engine(runner, "prefill") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def decode(runner: asyncio.Runner) -> Iterator[EngineClient]:
+    with engine(runner, "decode") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(MODEL, max_model_len=256, dtype="float32")
+
+
+def answers_of(llm: LLM, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in llm.generate(prompts, PARAMS)]
 
 
 def test_kv_is_fetched_once_and_answers_are_those_of_one_engine(
-    monkeypatch: pytest.MonkeyPatch, expected: list[tuple[int, ...]]
+    runner: asyncio.Runner, prefill: EngineClient, decode: EngineClient, llm: LLM
 ) -> None:
-    async def use(prefill: EngineClient, decode: EngineClient) -> None:
+    async def use() -> None:
         firsts = await asyncio.gather(*(ask(prefill, prompt, FEW) for prompt in PROMPTS))
         found = await asyncio.gather(
             *(ask(decode, prompt, PARAMS, first.ticket) for prompt, first in zip(PROMPTS, firsts, strict=True))
         )
+        expected = answers_of(llm, PROMPTS)
         assert [answer.token_ids for answer in found] == expected
         assert [first.token_ids for first in firsts] == [ids[:1] for ids in expected]
         whole = [(len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in PROMPTS]
@@ -103,7 +119,24 @@ def test_kv_is_fetched_once_and_answers_are_those_of_one_engine(
         ticket = (await ask(prefill, longer, FEW)).ticket
         assert (await ask(decode, longer, PARAMS, ticket)).num_cached == (len(longer) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
-    with_engines(monkeypatch, use)
+    runner.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_kv_of_other_weights_is_not_used(
+    runner: asyncio.Runner, decode: EngineClient, llm: LLM, tmp_path: Path
+) -> None:
+    prompt = [301, *PROMPTS[4]]
+
+    async def use(prefill: EngineClient) -> None:
+        ticket = (await ask(prefill, prompt, FEW)).ticket
+        found = await ask(decode, prompt, PARAMS, ticket)
+        assert (found.token_ids, found.num_cached) == (answers_of(llm, [prompt])[0], 0)
+
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with engine(runner, "prefill", model=path.parent) as other:
+        runner.run(asyncio.wait_for(use(other), SECONDS))
 
 
 async def decode_alone(decode: EngineClient, prompt: list[int], ticket: str) -> None:
@@ -113,9 +146,13 @@ async def decode_alone(decode: EngineClient, prompt: list[int], ticket: str) -> 
     assert (await ask(decode, prompt, PARAMS)).token_ids == found.token_ids
 
 
-def test_without_kv_the_prompt_is_computed(monkeypatch: pytest.MonkeyPatch, expected: list[tuple[int, ...]]) -> None:
-    async def use(prefill: EngineClient, decode: EngineClient) -> None:
-        first, second = [await ask(prefill, prompt, FEW) for prompt in PROMPTS[3:]]
+def test_without_kv_the_prompt_is_computed_or_the_request_fails_by_policy(
+    runner: asyncio.Runner, prefill: EngineClient, decode: EngineClient, llm: LLM
+) -> None:
+    prompts = [[302, *PROMPTS[3]], [302, *PROMPTS[4]]]
+
+    async def use(strict: EngineClient) -> None:
+        first, second = [await ask(prefill, prompt, FEW) for prompt in prompts]
         ticket = open_ticket(first.ticket, KEY.encode())
         others = [
             "not a ticket",
@@ -125,43 +162,22 @@ def test_without_kv_the_prompt_is_computed(monkeypatch: pytest.MonkeyPatch, expe
             second.ticket,  # that of another prompt
         ]
         for index, one in enumerate(others):
-            await decode_alone(decode, [index, *PROMPTS[3]], one)
+            await decode_alone(decode, [index, *prompts[0]], one)
         assert prefill.process_id is not None
         os.kill(prefill.process_id, signal.SIGKILL)
-        found = await ask(decode, PROMPTS[4], PARAMS, second.ticket)
-        assert (found.token_ids, found.num_cached) == (expected[4], 0)
-
-    with_engines(monkeypatch, use)
-
-
-def test_a_request_without_its_kv_fails_by_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def use(prefill: EngineClient, decode: EngineClient) -> None:
-        ticket = (await ask(prefill, PROMPTS[4], FEW)).ticket
-        assert prefill.process_id is not None
-        os.kill(prefill.process_id, signal.SIGKILL)
+        found = await ask(decode, prompts[1], PARAMS, second.ticket)
+        assert (found.token_ids, found.num_cached) == (answers_of(llm, prompts[1:])[0], 0)
         with pytest.raises(RequestError, match="the KV of the prompt was not fetched: "):
-            await ask(decode, PROMPTS[4], PARAMS, ticket)
+            await ask(strict, prompts[1], PARAMS, second.ticket)
 
-    with_engines(monkeypatch, use, "fail")
-
-
-def test_kv_of_other_weights_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, expected: list[tuple[int, ...]], tmp_path: Path
-) -> None:
-    async def use(prefill: EngineClient, decode: EngineClient) -> None:
-        ticket = (await ask(prefill, PROMPTS[4], FEW)).ticket
-        found = await ask(decode, PROMPTS[4], PARAMS, ticket)
-        assert (found.token_ids, found.num_cached) == (expected[4], 0)
-
-    shutil.copytree(MODEL, tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    with_engines(monkeypatch, use, model=path.parent)
+    with engine(runner, "decode", policy="fail") as strict:
+        runner.run(asyncio.wait_for(use(strict), SECONDS))
 
 
-def test_an_engine_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def use(prefill: EngineClient, decode: EngineClient) -> None:
-        raise AssertionError("the engines have started")
-
-    with pytest.raises(SageError, match="shared key of at least 16 characters, got 5"):
-        with_engines(monkeypatch, use, key="short")
+def test_an_engine_without_a_key_is_refused(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGELLM_KEY", "short")
+    with (
+        pytest.raises(SageError, match="shared key of at least 16 characters, got 5"),
+        engine(runner, "prefill"),
+    ):
+        raise AssertionError("the engine has started")
