@@ -23,6 +23,7 @@ from sageLLM.runtime.loader.gguf_tokenizer import (
     UNKNOWN,
     UNUSED,
     USER,
+    ids_of,
     tokenizer_of,
 )
 from sageLLM.runtime.loader.json_files import read_json
@@ -30,6 +31,8 @@ from sageLLM.runtime.text.tokenizer import Tokenizer
 
 FILE = "tokenizer.json"
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_MODEL_SETTINGS = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_TOKEN_SETTINGS = ("lstrip", "rstrip", "single_word")
 
 
 def vocabulary_of(folder: Path, num_rows: int) -> dict[str, Any]:
@@ -56,8 +59,8 @@ def vocabulary_of(folder: Path, num_rows: int) -> dict[str, Any]:
 
 def _special(content: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids of special tokens, and whether texts begin with one."""
-    ids = {**content["model"].get("vocab", {}), **{one["content"]: one["id"] for one in _added(content)}}
-    found = {key: ids.get(tokenizer.special_tokens.get(role)) for role, key in ROLES.items()}
+    ids = ids_of(content)
+    found = {key: ids.get(tokenizer.special_tokens.get(role) or "") for role, key in ROLES.items()}
     ends = [i for i in (found["eos_token_id"], *sorted(tokenizer.eos_token_ids)) if i is not None]
     found |= dict(zip(_END_KEYS, dict.fromkeys(ends), strict=False))
     keys = {f"tokenizer.ggml.{key}": value for key, value in found.items() if value is not None}
@@ -118,12 +121,46 @@ def _added(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _is_same(found: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer made of the keys splits and merges texts as the checkpoint's does."""
-    if _steps(found["normalizer"], "normalizers") != _steps(content.get("normalizer"), "normalizers"):
-        return False
-    if _steps(found["pre_tokenizer"], "pretokenizers") != _steps(content.get("pre_tokenizer"), "pretokenizers"):
-        return False
-    return _merges(found) == _merges(content)
+    """Whether a tokenizer made of the keys makes the tokens of texts that the checkpoint's makes."""
+    return all(
+        part(found) == part(content)
+        for part in (_normalizers, _pre_tokenizers, _merges, _settings, _ends, _added_settings)
+    )
+
+
+def _normalizers(content: Mapping[str, Any]) -> object:
+    return _steps(content.get("normalizer"), "normalizers")
+
+
+def _pre_tokenizers(content: Mapping[str, Any]) -> object:
+    return _steps(content.get("pre_tokenizer"), "pretokenizers")
+
+
+def _settings(content: Mapping[str, Any]) -> object:
+    return [content["model"].get(key) or None for key in _MODEL_SETTINGS]
+
+
+def _added_settings(content: Mapping[str, Any]) -> object:
+    """The settings of added tokens that are found with the spaces around them, or as whole words alone."""
+    settings = {one["id"]: [bool(one.get(key)) for key in _TOKEN_SETTINGS] for one in _added(content)}
+    return {i: one for i, one in settings.items() if any(one)}
+
+
+def _ends(content: Mapping[str, Any]) -> object:
+    """The ids around a text, which itself is None."""
+    ids: list[object] = [None]
+    for processor in _steps(content.get("post_processor"), "processors"):
+        if processor["type"] == "TemplateProcessing":
+            around = [_piece_ids(piece, processor["special_tokens"]) for piece in processor["single"]]
+            at = ids.index(None)
+            ids[at : at + 1] = [i for piece in around for i in piece]
+        elif processor["type"] != "ByteLevel":
+            ids.append(processor)
+    return ids
+
+
+def _piece_ids(piece: Mapping[str, Any], special: Mapping[str, Any]) -> list[Any]:
+    return [None] if "Sequence" in piece else list(special[piece["SpecialToken"]["id"]]["ids"])
 
 
 def _steps(section: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:

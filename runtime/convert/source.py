@@ -10,6 +10,7 @@ from typing import Any
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.loader.gguf_folder import gguf_folder
@@ -52,6 +53,13 @@ class Source:
     sizes: Any
     values: dict[str, Any]
     checkpoint: Checkpoint
+
+
+def out_of_range(source: Source, weight: str, form: str) -> CheckpointError:
+    """The error of a weight with values that are infinite in the format."""
+    return CheckpointError(
+        f"{source.folder}: {quoted(weight)} has values that {form} does not have; use another --format"
+    )
 
 
 def open_source(model: Path, registry: Registry) -> Source:

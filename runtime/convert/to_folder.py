@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sageLLM.runtime.convert.source import Source
+from sageLLM.runtime.convert.source import Source, out_of_range
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.quantization import CONFIG_KEYS, SETTINGS_FILES
@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 def write_folder(source: Source, out: Path, form: str | None, progress: Progress) -> int:
     """Writes the folder `out` with weights of the type `form`, by default that of the model; returns their number.
 
-    Raises CheckpointError for another type.
+    Raises CheckpointError for another type, and for a weight with values that the type does not have.
     """
     form = form or str(source.data.get("dtype") or source.data.get("torch_dtype") or "bfloat16")
     if form not in DTYPES:
@@ -40,8 +40,10 @@ def write_folder(source: Source, out: Path, form: str | None, progress: Progress
     done = 0
     with SafetensorsWriter(out / FILE, entries) as file:
         for name in checkpoint:
-            tensor = checkpoint.read(name, dtype=dtype)
-            file.write(name, tensor.to(dtype))
+            tensor = checkpoint.read(name, dtype=dtype).to(dtype)
+            if not tensor.isfinite().all() and checkpoint.read(name, dtype=torch.float32).isfinite().all():
+                raise out_of_range(source, name, form)
+            file.write(name, tensor)
             done += checkpoint.info(name).num_bytes
             progress(done, total)
     return len(entries)

@@ -16,7 +16,7 @@ from sageLLM.runtime.convert.gguf_metadata import architecture_name, check_descr
 from sageLLM.runtime.convert.gguf_tensors import Planned, Types, planned_tensors
 from sageLLM.runtime.convert.gguf_vocabulary import vocabulary_of
 from sageLLM.runtime.convert.gguf_writer import GgufEntry, GgufWriter
-from sageLLM.runtime.convert.source import Source
+from sageLLM.runtime.convert.source import Source, out_of_range
 from sageLLM.runtime.core.model.formats import Format, QuantMethod
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
@@ -83,10 +83,7 @@ def _blocks(source: Source, stored: str, planned: Planned, encoder: _Encoder) ->
             values = rows[low : low + step].float()
             blocks = encoder.blocks(planned.format, values + planned.offset if planned.offset else values)
             if blocks is None:
-                raise CheckpointError(
-                    f"{source.folder}: {quoted(name)} has values that {planned.format.name} does not have; "
-                    "use another --format"
-                )
+                raise out_of_range(source, name, planned.format.name)
             yield start, blocks
             start += blocks.numel()
 

@@ -16,9 +16,9 @@ def draft_of(out: Path) -> Iterator[Path]:
 
     Raises CheckpointError if one of them exists, or cannot be written.
     """
-    draft = out.with_name(f"{out.name}.part")
     if out.exists():
         raise CheckpointError(f"{out} already exists; choose another path")
+    draft = out.with_name(f"{out.name}.part")
     if draft.exists():
         raise CheckpointError(
             f"{draft} exists: another run is writing, or was killed; remove it, or choose another path"

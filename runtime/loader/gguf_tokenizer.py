@@ -59,14 +59,21 @@ def huggingface_tokenizer(header: GgufHeader) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(text)
-        tokens = {i: token for token, i in content["model"]["vocab"].items()}
-        tokens |= {one["id"]: one["content"] for one in content["added_tokens"]}
-        settings = {name: tokens[i] for name, i in _special(header, len(tokens))}
+        tokens = {i: token for token, i in ids_of(content).items()}
+        settings = {name: tokens[i] for name, i in _special(header, max(tokens, default=-1) + 1)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, TokenizerError):
             raise
         raise TokenizerError(f"{header.path}: '{HUGGINGFACE}' must be the text of a tokenizer.json") from None
     return {"tokenizer.json": content, "tokenizer_config.json": settings | _chat_template(header)}
+
+
+def ids_of(content: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of all tokens of a tokenizer.json; pieces with scores are in a list."""
+    vocabulary = content["model"]["vocab"]
+    is_list = isinstance(vocabulary, list)
+    ids = {token: i for i, (token, _) in enumerate(vocabulary)} if is_list else dict(vocabulary)
+    return ids | {one["content"]: one["id"] for one in content.get("added_tokens") or ()}
 
 
 def _chat_template(header: GgufHeader) -> dict[str, Any]:
@@ -106,7 +113,8 @@ def _byte_level(
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
         "decoder": {**bytes_, "add_prefix_space": True, "use_regex": True},
-        "model": _merges_model(tokens, _texts(header, "merges"), special.get("unk_token"), byte_fallback=False),
+        "model": _merges_model(tokens, _texts(header, "merges"), special.get("unk_token"))
+        | {"ignore_merges": SPLITS[pre] == _LLAMA3},
     }
 
 
@@ -134,7 +142,7 @@ def _sentence_piece(
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _merges_model(tokens, list(_merges(pieces)), unknown, byte_fallback=True),
+        "model": _merges_model(tokens, list(_merges(pieces)), unknown) | {"fuse_unk": True, "byte_fallback": True},
     }
 
 
@@ -146,18 +154,16 @@ def _merges(pieces: Mapping[str, float]) -> Iterator[str]:
                 yield f"{piece[:cut]} {piece[cut:]}"
 
 
-def _merges_model(
-    tokens: Sequence[str], merges: Sequence[str], unknown: str | None, *, byte_fallback: bool
-) -> dict[str, Any]:
+def _merges_model(tokens: Sequence[str], merges: Sequence[str], unknown: str | None) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
         "unk_token": unknown,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
-        "fuse_unk": byte_fallback,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": not byte_fallback,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
         "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": list(merges),
     }

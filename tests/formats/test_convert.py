@@ -162,6 +162,60 @@ def test_a_tokenizer_of_pieces(make_checkpoint: MakeCheckpoint, tmp_path: Path) 
     assert own.encode("hell he") == other.encode("hell he") == [97, 98, 96, 98, 94]
 
 
+def with_end(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**content, "added_tokens": [{**content["added_tokens"][0], **changes}]}
+
+
+def with_word(word: str, **changes: Any) -> dict[str, Any]:
+    """A tokenizer with one more word, before its end."""
+    words = tokenizer_json([])["model"]["vocab"] | {word: 97}
+    return with_end(tokenizer_json([BYTES], vocab=words), id=98, **changes)
+
+
+def unigram() -> dict[str, Any]:
+    vocabulary = [["<unk>", 0.0], *([letter, -3.0] for letter in "\u2581hel"), ["\u2581he", -1.0]]
+    content = with_end(tokenizer_json([]), id=len(vocabulary))
+    model = {"type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": False}
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    return {**content, "model": model, "pre_tokenizer": metaspace, "decoder": metaspace}
+
+
+def with_template(*tokens: str) -> dict[str, Any]:
+    """Texts have the tokens around them."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [text if one == "A" else {"SpecialToken": {"id": one, "type_id": 0}} for one in tokens]
+    special = {"<end>": {"id": "<end>", "ids": [97], "tokens": ["<end>"]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    return {**tokenizer_json([BYTES]), "post_processor": template}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        unigram(),
+        {key: value for key, value in unigram().items() if key != "added_tokens"},
+        with_template("A", "<end>"),
+        with_template("<end>", "A", "<end>"),
+        with_template("<end>", "A"),
+        with_word("\u0120"),
+        with_word("\u0120", lstrip=True),
+        with_word("\u0120", rstrip=True),
+        with_word("\u0120", single_word=True),
+        with_word("xyz"),
+        tokenizer_json([BYTES], ignore_merges=True),
+        tokenizer_json([BYTES], dropout=1.0),
+    ],
+)
+def test_texts_have_the_same_tokens(content: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = with_tokenizer(make_checkpoint("Llama", **SMALL), tmp_path / "source", content)
+    convert(source, tmp_path / "m.gguf", REGISTRY)
+    own, other = (Tokenizer.from_folder(folder) for folder in (source, gguf_folder(tmp_path / "m.gguf")))
+    end = "<end>" if "added_tokens" in content else "l"
+    for text in ("hell he", f"he {end} hell", f"he{end}he", "", "xyz"):
+        assert other.encode(text) == own.encode(text), text
+    assert "added_tokens" not in content or other.eos_token_ids == own.eos_token_ids
+
+
 @pytest.mark.parametrize("form", ["int4-g32", "fp8-block", "awq-g32"])
 def test_a_quantised_folder_becomes_floats(form: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("Llama", **SMALL)
@@ -206,4 +260,6 @@ def test_what_cannot_be_converted(make_checkpoint: MakeCheckpoint, tmp_path: Pat
     for form in ("float16", "q8_0"):
         with pytest.raises(CheckpointError, match=f"has values that {form} does not have; use another --format"):
             convert(large, tmp_path / "m.gguf", REGISTRY, form)
+    with pytest.raises(CheckpointError, match=r"has values that float16 does not have; use another --format"):
+        convert(large, tmp_path / "m", REGISTRY, "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large"]

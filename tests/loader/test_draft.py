@@ -39,3 +39,11 @@ def test_what_exists_is_left_as_it_is(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{name} (already )?exists"), draft_of(tmp_path / "out"):
         raise AssertionError("the draft was begun")
     assert (tmp_path / name / "mine").exists()
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "a/.."])
+def test_a_path_without_a_name(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(CheckpointError, match="already exists; choose another path"), draft_of(Path(out)):
+        raise AssertionError("the draft was begun")
