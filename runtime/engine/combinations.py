@@ -51,6 +51,7 @@ COMBINATIONS = (
     Combination("prefill_workers", "kv_tier", "KV is copied between pools of one tier"),
     Combination("prefill_workers", "pipeline_parallel_size", "use tensor_parallel_size"),
     Combination("prefill_workers", "nnodes", "its workers are on one host"),
+    Combination("pp_layer_partition", "pipeline_parallel_size", "without stages there is nothing to divide", ANY),
     Combination("prefill_tensor_parallel_size", "prefill_workers", "it is the degree of a role", ANY),
     Combination("decode_tensor_parallel_size", "decode_workers", "it is the degree of a role", ANY),
     Combination("decode_block_size", "decode_workers", "without roles all blocks have block_size tokens", ANY),

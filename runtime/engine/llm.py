@@ -83,7 +83,9 @@ class LLM:
 
     `distributed_executor_backend`: "uni" runs the model in this process, the default, and "mp" in worker processes, one
     for each of `tensor_parallel_size` ranks in each of `pipeline_parallel_size` stages. Lost workers are started again,
-    and their requests are replayed. With `enable_expert_parallel` each rank has some of the experts of a layer, instead
+    and their requests are replayed. `pp_layer_partition`, such as "20,10", sets the layers of each stage, as
+    VLLM_PP_LAYER_PARTITION does in vLLM; by default the stages read about as many bytes of weights in a step, the head
+    included. With `enable_expert_parallel` each rank has some of the experts of a layer, instead
     of a part of each.
 
     `nnodes`, `node_rank`, `master_addr` and `master_port` are for ranks on several hosts (docs/parallel.md); the
@@ -144,6 +146,7 @@ class LLM:
         async_scheduling: bool = True,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        pp_layer_partition: str | None = None,
         enable_expert_parallel: bool = False,
         distributed_executor_backend: Backend | None = None,
         nnodes: int | None = None,

@@ -88,6 +88,9 @@ class SharedOptions:
     ] = True
     tensor_parallel_size: Annotated[int, Option("Worker processes that share each layer.")] = 1
     pipeline_parallel_size: Annotated[int, Option("Stages that the layers are divided into.")] = 1
+    pp_layer_partition: Annotated[
+        str | None, Option("Layers of each stage, such as 20,10 (default: balanced by the weights that a step reads).")
+    ] = None
     enable_expert_parallel: Annotated[bool, Option("Divide experts over these workers whole, not each of them.")] = (
         False
     )

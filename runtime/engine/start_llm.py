@@ -132,6 +132,7 @@ def load(
             max_model_len=options.max_model_len,
             tp=1 if parallelism.pd is not None else parallelism.tp,
             pp=parallelism.pp,
+            pp_layer_partition=options.pp_layer_partition,
             expert_parallel=options.enable_expert_parallel,
             has_weights=parallelism.backend == "uni",
             is_streamed=weights.tier == "disk",

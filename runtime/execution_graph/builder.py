@@ -17,7 +17,9 @@ from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.execution_graph.batch import DecodeBatch, PrefillBatch, step_sizes
+from sageLLM.runtime.execution_graph.block_graph import whole_block_graph
 from sageLLM.runtime.execution_graph.config import ModelConfig, ParallelConfig
+from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes
 from sageLLM.runtime.execution_graph.stages import split_stages
 
 __all__ = [
@@ -35,22 +37,15 @@ def build_block_graph(
 ) -> ExecutionGraph:
     """The block graph of one step with symbolic sizes (T, B, S...), from a config of the whole model or of one rank.
 
-    The graph's `model_config` is the config with which it was built: a rank's share, under tensor parallelism. Raises
-    ConfigError, a ValueError, if a degree does not divide the sizes.
+    The graph's `model_config` is the config with which it was built: a rank's share, under tensor parallelism.
+    Pipeline stages require a config of the whole model. Raises ConfigError, a ValueError, if a degree does not divide
+    the sizes.
     """
-    if stage not in layout.phases:
-        raise ValueError(
-            f"layout '{layout.name}' has only the stage {', '.join(layout.phases)}, got {stage}: without a KV cache it "
-            "reads whole sequences"
-        )
     parallel = parallel or ParallelConfig()
-    local = config if config.tp > 1 else layout.shard_config(config, parallel.tensor_parallel_size)
-    writer = GraphWriter(f"{layout.name}_{stage}", level="block", stage=stage, dtype=dtype)
-    graph = writer.finish(layout.program(writer, local, stage))
-    graph.model_config = local
+    graph = whole_block_graph(layout, config, stage, parallel.tensor_parallel_size, dtype)
     if parallel.pipeline_parallel_size == 1:
         return graph
-    return split_stages(graph, parallel.pipeline_parallel_size)
+    return split_stages(graph, choose_sizes(layout, config, parallel.pipeline_parallel_size))
 
 
 class ExecutionGraphBuilder:

@@ -20,7 +20,8 @@ from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_s
 from sageLLM.runtime.core.model.weights import WeightSpec, by_experts
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.execution_graph.attention_ffn import Role, is_ffn_weight
-from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not_divisible
+from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes, parse_partition
+from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
@@ -129,6 +130,7 @@ def load_model(
     rank: int = 0,
     tp: int = 1,
     pp: int = 1,
+    pp_layer_partition: str | None = None,
     role: Role | None = None,
     expert_parallel: bool = False,
     has_weights: bool = True,
@@ -138,12 +140,13 @@ def load_model(
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
-    `rank` numbers the ranks stage by stage. With `expert_parallel` each of `tp` ranks has whole experts, instead of a
-    part of each. With a `role`, only the weights of attention workers, or those of FFN
-    workers, are read. Without `has_weights` the folder is checked, and the model has the config of all ranks and no
-    weights: it is for the process that sends steps to workers. With `is_streamed` the weights are left on disk. With
-    `keeps_codes` weights of small codes stay so, for a planner with kernels that read them. `kv_cache_dtype` is the
-    form of the KV cache, "auto" for the element type.
+    `rank` numbers the ranks stage by stage, and `pp_layer_partition` sets the layers of each stage, such as "20,10"; by
+    default the stages read about as many bytes of weights. With `expert_parallel` each of `tp` ranks has whole experts,
+    instead of a part of each. With a `role`, only the weights of attention workers, or those of FFN workers, are read.
+    Without `has_weights` the folder is checked, and the model has the config of all ranks and no weights: it is for the
+    process that sends steps to workers. With `is_streamed` the weights are left on disk. With `keeps_codes` weights of
+    small codes stay so, for a planner with kernels that read them. `kv_cache_dtype` is the form of the KV cache, "auto"
+    for the element type.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape, and SageError for a form of the KV cache that the layout does not allow.
@@ -153,13 +156,11 @@ def load_model(
     layout, config = _read_config(data, path, registry)
     length = _model_len(config.longest, max_model_len, path)
     kv_form = choose_kv_form(kv_cache_dtype, layout, config)
-    stage = PipelineStage(rank // tp, pp) if has_weights else WHOLE
     checkpoint = open_checkpoint(folder, registry)
     kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
     try:
         layout, head = _fit_layout(layout, config, checkpoint, kind, registry.methods)
-        if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
-            raise CheckpointError(reason)
+        stage = _pipeline_stage(folder, layout, config, rank // tp, pp, pp_layer_partition)
         option = f"af='A:Fx{tp}'" if role == "ffn" else f"tensor_parallel_size={tp}"
         own = rank_config(layout, config, rank % tp, tp, option, expert_parallel=expert_parallel)
         held = own if has_weights else config
@@ -182,7 +183,7 @@ def load_model(
         weights=weights,
         tables=tables,
         absent=head,
-        pipeline_stage=stage,
+        pipeline_stage=stage if has_weights else WHOLE,
         share=share,
         dequantized=dequantized,
         kv_form=kv_form,
@@ -197,6 +198,18 @@ def _read_config(data: dict[str, Any], path: Path, registry: Registry) -> tuple[
         return layout, layout.read_config(HFConfig(data, str(path)))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def _pipeline_stage(
+    folder: Path, layout: ModelLayout, config: Any, index: int, pp: int, partition: str | None
+) -> PipelineStage:
+    """The stage of a rank. Raises CheckpointError if the layers cannot be divided so."""
+    if pp == 1 and partition is None:
+        return WHOLE
+    try:
+        return PipelineStage(index, choose_sizes(layout, config, pp, parse_partition(partition)))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def _fit_layout(

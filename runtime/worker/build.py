@@ -15,7 +15,6 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.execution_graph.attention_ffn import Side
 from sageLLM.runtime.execution_graph.embedding import poolings_of
-from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.executor.kernel_choice import choose_planner, reads_codes
 from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
 from sageLLM.runtime.executor.scheduling import choose_schedule
@@ -79,6 +78,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     tp: int = 1
     weights: WeightsPlacement = WeightsPlacement()
     pp: int = 1
+    pp_layer_partition: str | None = None
     kv_tier: Tier = "device"
     rendezvous: str | None = None
     shared_memory: int | None = None
@@ -103,8 +103,17 @@ class WorkerSpec(msgspec.Struct, frozen=True):
         return self.tp * self.pp
 
     @property
-    def pipeline_stage(self) -> PipelineStage:
-        return PipelineStage(self.rank // self.tp, self.pp)
+    def stage(self) -> int:
+        """The number of this rank's pipeline stage."""
+        return self.rank // self.tp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.pp - 1
 
     @property
     def returns_results(self) -> bool:
@@ -158,6 +167,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         rank=spec.rank,
         tp=spec.tp,
         pp=spec.pp,
+        pp_layer_partition=spec.pp_layer_partition,
         role=None if spec.side is None else spec.side.role,
         expert_parallel=spec.enable_expert_parallel,
         is_streamed=spec.weights.tier == "disk",

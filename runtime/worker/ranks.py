@@ -40,7 +40,7 @@ def join_ranks(spec: WorkerSpec) -> TokenReturn | None:
         _share_memory(spec)
     if spec.pp == 1:
         return None
-    return TokenReturn(spec.pipeline_stage, _token_channel(spec, tokens))
+    return TokenReturn(_token_channel(spec, tokens), is_first_stage=spec.is_first_stage)
 
 
 def _store(rendezvous: str, num_ranks: int) -> Store:
@@ -92,10 +92,9 @@ def _share_memory(spec: WorkerSpec) -> None:
 
 
 def _token_channel(spec: WorkerSpec, group: "dist.ProcessGroup | None") -> TokenChannel | None:
-    stage = spec.pipeline_stage
-    if not (stage.is_first or stage.is_last):
+    if not (spec.is_first_stage or spec.is_last_stage):
         return None
-    peer = stage.count - 1 if stage.is_first else 0
+    peer = spec.pp - 1 if spec.is_first_stage else 0
     if is_connected("pp", peer):
         return SharedMemoryTokens(peer)
     assert group is not None, "stages have a group"

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.kernels.cpu.point_to_point import Link
 from sageLLM.runtime.worker.sequences import WorkerSequence
 
@@ -70,9 +69,9 @@ class TorchTokens:
 class TokenReturn:
     """The tokens of one stage, for all its workers: the runs of every stage are in the same order."""
 
-    def __init__(self, stage: PipelineStage, channel: TokenChannel | None) -> None:
+    def __init__(self, channel: TokenChannel | None, *, is_first_stage: bool) -> None:
         """`channel` connects the first and the last stage; the others have none."""
-        self.stage = stage
+        self._is_first_stage = is_first_stage
         self._channel = channel
         self._awaited: deque[list[tuple[WorkerSequence, int]]] = deque()
 
@@ -85,7 +84,7 @@ class TokenReturn:
         """Appends placeholders for the tokens of a run, on the other stages."""
         for sequence in sampled:
             sequence.output_token_ids.append(NO_TOKEN)
-        if sampled and self.stage.is_first:
+        if sampled and self._is_first_stage:
             self._awaited.append([(sequence, len(sequence.output_token_ids) - 1) for sequence in sampled])
             while len(self._awaited) > MAX_AWAITED:
                 self._receive()

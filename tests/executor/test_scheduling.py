@@ -93,7 +93,7 @@ def test_the_order_of_a_pipeline_stage_stays_micro_batch_by_micro_batch() -> Non
     config = layout.read_config(HFConfig(layout.tiny))
     schedule = choose_schedule(CPU, {"tp": 1}, overlap_transfers=True)
     for index in range(2):
-        stage = PipelineStage(index, 2)
+        stage = PipelineStage(index, (1, 1))
         made = ModelCompiler(layout, config, REGISTRY, dtype="f32", schedule=schedule, pipeline_stage=stage)
         nodes = list(made.kernel_graph("prefill", 2).nodes)
         transfers = [name for name in nodes if ".on1.p" in name or ".to1.p" in name]

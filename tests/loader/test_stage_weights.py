@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +12,11 @@ from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.registry.plugins import load_registry
 
 
-def stages(folder: Path, pp: int) -> list[Model]:
+def stages(folder: Path, pp: int, pp_layer_partition: str | None = None) -> list[Model]:
     registry, device = load_registry(), torch.device("cpu")
-    return [
-        load_model(folder, registry, dtype="float32", device=device, max_model_len=None, rank=rank, pp=pp)
-        for rank in range(pp)
-    ]
+    options: dict[str, Any] = {"dtype": "float32", "device": device, "max_model_len": None, "pp": pp}
+    options["pp_layer_partition"] = pp_layer_partition
+    return [load_model(folder, registry, rank=rank, **options) for rank in range(pp)]
 
 
 def test_stages_divide_the_weights(make_checkpoint: Callable[..., Path]) -> None:

@@ -122,7 +122,7 @@ def test_a_pipeline_stage_sends_a_micro_batch_before_it_computes_the_next_one() 
     layout = MODELS["llama"]
     config = layout.read_config(HFConfig(layout.tiny, "tiny"))
     for index in range(2):
-        stage = PipelineStage(index, 2)
+        stage = PipelineStage(index, (1, 1))
         graph = ModelGraphs(layout, config, load_registry(), dtype="f32", pipeline_stage=stage).kernel_graph(
             "hybrid", 3
         )

@@ -134,6 +134,7 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "generation-config": "vllm",
         "tensor-parallel-size": "2",
         "pipeline-parallel-size": "2",
+        "pp-layer-partition": "2,2",
         "nnodes": "2",
         "node-rank": "0",
         "master-addr": "127.0.0.1",

@@ -367,8 +367,7 @@ class TestBadInput:
             ),
             (
                 {"pipeline_parallel_size": 5},
-                "pipeline_parallel_size=5 is more than the 4 layers of 'llama_prefill'; "
-                "use at most one stage per layer",
+                "pipeline_parallel_size=5 is more than the 4 layers of llama; use at most one stage per layer",
             ),
         ],
     )
