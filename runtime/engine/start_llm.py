@@ -195,5 +195,6 @@ def worker_spec(
         "pp": options.pipeline_parallel_size,
         "max_num_seqs": config.max_decode_batch_size,
         "max_num_batched_tokens": config.max_prefill_tokens,
+        "max_num_prompts": config.max_prefill_batch_size,
     }
     return WorkerSpec(**{**same, **derived})

@@ -27,10 +27,11 @@ from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.af_workers import AttentionLinks
-from sageLLM.runtime.worker.executor import InProcessExecutor, StepLimits
+from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.kv_group import KVGroup
 from sageLLM.runtime.worker.kv_pool import LowerTier
 from sageLLM.runtime.worker.token_return import TokenReturn
+from sageLLM.runtime.worker.warm_up import StepLimits
 
 WeightsTier: TypeAlias = Literal["device", "disk"]
 """The tier that keeps the weights; from "disk" the weights of each layer are read in each step."""
@@ -95,6 +96,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     host_ranks: list[int] = []
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
+    max_num_prompts: int = 32
     enforce_eager: bool = False
     kv_cache_dtype: str = "auto"
 
@@ -229,7 +231,7 @@ def make_local_executor(
         links=links,
         grammars=grammars or GrammarCompiler(Path(spec.model), model.config.V),
         pool_memory=spec.pool_memory,
-        limits=StepLimits(spec.max_num_seqs, spec.max_num_batched_tokens),
+        limits=StepLimits(spec.max_num_seqs, spec.max_num_batched_tokens, spec.max_num_prompts),
     )
 
 

@@ -1,7 +1,7 @@
 """Executors run the orders of the engine on its workers, in the order in which they are submitted."""
 
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
@@ -19,16 +19,8 @@ from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.order_thread import OrderThread, Pending
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.token_return import TokenReturn
-from sageLLM.runtime.worker.warm_up import STAGES, warm_up
+from sageLLM.runtime.worker.warm_up import STAGES, StepLimits, warm_up
 from sageLLM.runtime.worker.worker import Worker
-
-
-class StepLimits(NamedTuple):
-    """The sequences of the largest decode step, and the tokens of the largest step with prompts."""
-
-    max_rows: int = 256
-    max_tokens: int = 4096
-
 
 DEFAULT_LIMITS = StepLimits()
 
@@ -126,9 +118,9 @@ class InProcessExecutor:
             graph = compiler.migrate_graph()
             self._migrator = PoolCopies(prefiller.pool, decoder.pool, graph, compiler.kernels)
         if on_gpu and links is None:
-            warm_up(decoder, limits.max_tokens, ("decode",) if is_split else STAGES)
+            warm_up(decoder, limits, ("decode",) if is_split else STAGES)
             if is_split:
-                warm_up(self.prefiller.runner, limits.max_tokens, ("prefill",))
+                warm_up(self.prefiller.runner, limits, ("prefill",))
         # Ranks exchange tokens in each step, so that none of their steps can start before it ends.
         launches = on_gpu and is_async and isolates_failures and links is None
         self.lookahead = Lookahead(self.decoder, self.execute) if launches else None

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,21 +17,41 @@ MAX_SCORED = 65
 STAGES: tuple[Stage, ...] = ("decode", "prefill", "hybrid")
 
 
+MANY_SEQUENCES = 128
+"""Kernels of attention are specialised to more sequences, by powers of two."""
+
+
+class StepLimits(NamedTuple):
+    """The sequences of the largest decode step, and the tokens and prompts of the largest step with prompts."""
+
+    max_rows: int = 256
+    max_tokens: int = 4096
+    max_prompts: int = 32
+
+
+class _Step(NamedTuple):
+    """A step that is not captured: its decodes, and the tokens of its prompts as a whole or in prompts of one token."""
+
+    stage: Stage
+    num_decodes: int
+    num_tokens: int = 0
+    is_split: bool = False
+
+
 @torch.inference_mode()
-def warm_up(runner: ModelRunner, max_tokens: int, stages: Sequence[Stage] = STAGES) -> None:
-    """Captures the decode steps of all buckets, then runs prefill and hybrid steps of up to `max_tokens` tokens.
+def warm_up(runner: ModelRunner, limits: StepLimits, stages: Sequence[Stage] = STAGES) -> None:
+    """Captures the decode steps of all buckets, then runs other steps of sizes up to the limits.
 
     `stages` are those that the runner is for. All sequences consist of padding, so that no block of a request is
-    written. Kernels are specialised to sizes by powers of two, hence the steps of these sizes and of one token more.
+    written. Kernels are specialised to sizes by powers of two, hence the steps of these sizes and of one more.
     """
     buckets = runner.buckets
     assert buckets is not None, "only steps on a GPU are warmed up"
     captured = list(buckets.descending()) if "decode" in stages else []
-    others = [stage for stage in stages if stage != "decode"]
-    eager = [(stage, size) for size in _sizes(max_tokens) for stage in others]
-    progress = Progress("Warm-up", len(captured) + len(eager))
+    others = list(_other_steps(limits, stages, max(buckets.rows, default=0)))
+    progress = Progress("Warm-up", len(captured) + len(others))
     for rows, width in captured:
-        decodes = DecodeBatch([_padding(runner, width * runner.pool.block_size)] * rows)
+        decodes = _decodes(runner, rows, width)
         plan = runner.plan("decode")
         inputs = runner.step_inputs.make(decodes, [], range(rows))
         if isinstance(plan, GraphedPlan):
@@ -38,12 +59,8 @@ def warm_up(runner: ModelRunner, max_tokens: int, stages: Sequence[Stage] = STAG
         else:  # an op without a kernel for the model's sizes
             plan.run(inputs)
         progress.step()
-    one = DecodeBatch([_padding(runner, runner.pool.block_size)])
-    for stage, num_tokens in eager:
-        decodes = one if stage == "hybrid" else NO_DECODES
-        num_rows = len(decodes) + num_tokens
-        scored = range(len(decodes), num_rows) if num_tokens <= MAX_SCORED else [num_rows - 1]
-        runner.run(stage, decodes, _chunks(runner, num_tokens), [*range(len(decodes)), *scored])
+    for step in others:
+        _run(runner, step)
         progress.step()
     device = runner.compiler.planner.device
     assert device is not None, "a runner with buckets has a device"
@@ -51,15 +68,53 @@ def warm_up(runner: ModelRunner, max_tokens: int, stages: Sequence[Stage] = STAG
     progress.end()
 
 
-def _sizes(max_tokens: int) -> list[int]:
-    powers = [1 << power for power in range(max_tokens.bit_length())]
-    return sorted({size for power in powers for size in (power, power + 1) if size <= max_tokens} | {max_tokens})
+def _other_steps(limits: StepLimits, stages: Sequence[Stage], max_captured: int) -> Iterator[_Step]:
+    """Steps with prompts of few sequences and all numbers of tokens, then of many sequences, and larger decodes."""
+    prompts = [stage for stage in stages if stage != "decode"]
+    for size in _sizes(limits.max_tokens):
+        yield from (_Step(stage, int(stage == "hybrid"), size) for stage in prompts)
+    for stage in prompts:
+        most = limits.max_prompts + (limits.max_rows if stage == "hybrid" else 0)
+        for count in _many(min(most, limits.max_tokens)):
+            num_prompts = max(1, count - limits.max_rows) if stage == "hybrid" else count
+            yield _Step(stage, count - num_prompts, num_prompts, is_split=True)
+    if "decode" in stages:
+        yield from (_Step("decode", count) for count in _sizes(limits.max_rows) if count > max_captured)
+
+
+def _run(runner: ModelRunner, step: _Step) -> None:
+    decodes = _decodes(runner, step.num_decodes, width=1) if step.num_decodes else NO_DECODES
+    chunks = [_chunk(runner, 1)] * step.num_tokens if step.is_split else _chunks(runner, step.num_tokens)
+    num_rows = step.num_decodes + step.num_tokens
+    ends = range(step.num_decodes, num_rows) if step.num_tokens <= MAX_SCORED or step.is_split else [num_rows - 1]
+    runner.run(step.stage, decodes, chunks, [*range(step.num_decodes), *ends])
+
+
+def _sizes(most: int) -> list[int]:
+    powers = [1 << power for power in range(most.bit_length())]
+    return sorted({size for power in powers for size in (power, power + 1) if size <= most} | {most})
+
+
+def _many(most: int) -> Iterator[int]:
+    """Numbers of sequences above MANY_SEQUENCES, one for each power of two."""
+    count = MANY_SEQUENCES + 1
+    while count <= most:
+        yield count
+        count = 2 * count - 1
+
+
+def _decodes(runner: ModelRunner, count: int, width: int) -> DecodeBatch:
+    return DecodeBatch([_padding(runner, width * runner.pool.block_size)] * count)
 
 
 def _chunks(runner: ModelRunner, num_tokens: int) -> list[SequenceChunk]:
     longest = runner.model.max_model_len
     lengths = [longest] * (num_tokens // longest) + [num_tokens % longest] * (num_tokens % longest > 0)
-    return [SequenceChunk(_padding(runner, length), 0, length) for length in lengths]
+    return [_chunk(runner, length) for length in lengths]
+
+
+def _chunk(runner: ModelRunner, length: int) -> SequenceChunk:
+    return SequenceChunk(_padding(runner, length), 0, length)
 
 
 def _padding(runner: ModelRunner, num_tokens: int) -> WorkerSequence:

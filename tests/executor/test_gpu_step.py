@@ -2,7 +2,7 @@
 
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.generated.kernels.reference import KERNELS
+from sageLLM.runtime.executor import buckets as buckets_module
 from sageLLM.runtime.executor.buckets import Buckets, row_buckets, table_widths
 from sageLLM.runtime.executor.device_api import CudaApi
 from sageLLM.runtime.executor.token_reader import TokenReader, marked_tokens
@@ -92,6 +93,33 @@ def test_serving_compiles_and_captures_nothing_and_returns_the_tokens_of_the_cpu
     assert [[one.token_ids for one in output.outputs] for output in found] == [
         [one.token_ids for one in output.outputs] for output in expected
     ]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["captured", "eager"])
+def test_steps_of_many_sequences_compile_nothing(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is specialised to 128, 256, ... sequences: of hybrid steps, and of decodes that are not captured."""
+    monkeypatch.setattr(buckets_module, "MAX_ROWS", 64)
+    sizes: dict[str, int] = {}
+
+    def measured(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*operands: Any, **attrs: Any) -> Any:
+            sizes[op] = max(sizes.get(op, 0), len(operands[4]))
+            return kernel(*operands, **attrs)
+
+        return call
+
+    kernels = launched(KERNELS)
+    attention = {op: measured(op, kernels[op]) for op in ("paged_decode_attention", "paged_prefill_attention")}
+    many = PDSchedulerConfig(mode="hybrid", max_decode_batch_size=140, max_prefill_tokens=180, prefill_chunk_size=60)
+    options: dict[str, Any] = {"block_size": 4, "max_model_len": 40, "num_kv_blocks": 900, "scheduler": many}
+    prompts = [[3 + number % 300] for number in range(150)]
+    with recorded_compilations() as compiled:
+        llm = llm_on(RecordedDevice(), {**kernels, **attention}, enforce_eager=eager, **options)
+        num_compiled = len(compiled)
+        sizes.clear()
+        llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
+    assert min(sizes.values()) > 128 and len(sizes) == 2
+    assert compiled[num_compiled:] == []
 
 
 def test_a_row_that_is_not_finite_ends_its_request_alone() -> None:
