@@ -5,7 +5,7 @@
 Decodes and prompts share the memory and the caches of the machine and nothing else, so what the decodes lose is not
 caused by the transfer, the scheduler or the process of the engine. The process uses the first core, as the prefill
 worker does. It prints a line when it is ready, computes a prompt every INTERVAL seconds from the line that
-it reads on, and prints the milliseconds that each took.
+it reads until its input ends, and prints the milliseconds that each took.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,9 +38,14 @@ class PromptsApart:
         self._process.stdin.flush()
 
     def end(self) -> list[float]:
-        self._process.terminate()
-        found, _ = self._process.communicate()
+        found, _ = self._process.communicate()  # closes its input
         return [float(line) for line in found.split()]
+
+
+def end_with_input() -> None:
+    """Ends the process when the benchmark closes its input, or has ended."""
+    sys.stdin.read()
+    os._exit(0)
 
 
 def main() -> None:
@@ -54,6 +60,7 @@ def main() -> None:
     llm.generate([next(prompts)], params)
     print("ready", flush=True)
     sys.stdin.readline()
+    threading.Thread(target=end_with_input, daemon=True).start()
     begun = time.perf_counter()
     for number, prompt in enumerate(prompts):
         time.sleep(max(0.0, begun + number * interval - time.perf_counter()))

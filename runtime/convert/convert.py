@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from sageLLM.runtime.convert.source import open_source
+from sageLLM.runtime.convert.source import Progress, open_source
 from sageLLM.runtime.convert.to_folder import write_folder
 from sageLLM.runtime.convert.to_gguf import write_gguf
 from sageLLM.runtime.loader.draft import draft_of
@@ -13,7 +12,6 @@ from sageLLM.runtime.registry.plugins import Registry
 
 GGUF_SUFFIX = ".gguf"
 GGUF_DEFAULT = "bfloat16"
-Progress = Callable[[int, int], None]
 
 
 def convert(
@@ -23,10 +21,10 @@ def convert(
     form: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Writes `model`, a folder or a GGUF file, as the GGUF file or the folder `out`; returns the number of tensors.
+    """Writes `model`, a folder or a GGUF file, as the GGUF file or the folder `out`.
 
-    `form` is the format of the weights. `progress(done, total)` counts bytes of them. Raises CheckpointError for a
-    model or a format that cannot be written, and if `out` exists.
+    Returns the number of tensors in `form`, the format of the weights. Raises CheckpointError for a model or a format
+    that cannot be written, and if `out` exists.
     """
     with draft_of(out) as draft:
         source = open_source(model, registry)

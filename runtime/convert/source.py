@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
@@ -18,6 +20,15 @@ from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.quantization import find_in_config, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.registry.plugins import Registry
+
+FLOATS: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""The formats without codes, of files and folders."""
+Progress = Callable[[int, int], None]
+"""Gets the bytes that have been converted, and those of the whole model."""
 
 
 class RecordedConfig(HFConfig):

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sageLLM.runtime.convert.source import Source, out_of_range
+from sageLLM.runtime.convert.source import FLOATS, Progress, Source, out_of_range
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.quantization import CONFIG_KEYS, SETTINGS_FILES
 from sageLLM.runtime.loader.safetensors_writer import SafetensorsWriter
 from sageLLM.runtime.quantize.checkpoint import FILE, OTHER_FILES
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Progress = Callable[[int, int], None]
 
 
 def write_folder(source: Source, out: Path, form: str | None, progress: Progress) -> int:
@@ -26,15 +22,15 @@ def write_folder(source: Source, out: Path, form: str | None, progress: Progress
     Raises CheckpointError for another type, and for a weight with values that the type does not have.
     """
     form = form or str(source.data.get("dtype") or source.data.get("torch_dtype") or "bfloat16")
-    if form not in DTYPES:
-        raise CheckpointError(f"--format of a folder must be one of {', '.join(DTYPES)}, got {quoted(form)}")
+    if form not in FLOATS:
+        raise CheckpointError(f"--format of a folder must be one of {', '.join(FLOATS)}, got {quoted(form)}")
     out.mkdir()
     for path in (path for pattern in OTHER_FILES for path in source.folder.glob(pattern)):
         if not path.name.endswith(".safetensors.index.json") and path.name not in SETTINGS_FILES:
             shutil.copyfile(path, out / path.name)
     config = {key: value for key, value in source.data.items() if key not in (*CONFIG_KEYS, "torch_dtype")}
     (out / "config.json").write_text(json.dumps({**config, "dtype": form}, indent=2), encoding="utf-8")
-    checkpoint, dtype = source.checkpoint, DTYPES[form]
+    checkpoint, dtype = source.checkpoint, FLOATS[form]
     entries = {name: (dtype, checkpoint.info(name).shape) for name in checkpoint}
     total = sum(checkpoint.info(name).num_bytes for name in checkpoint)
     done = 0

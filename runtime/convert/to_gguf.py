@@ -16,7 +16,7 @@ from sageLLM.runtime.convert.gguf_metadata import architecture_name, check_descr
 from sageLLM.runtime.convert.gguf_tensors import Planned, Types, planned_tensors
 from sageLLM.runtime.convert.gguf_vocabulary import vocabulary_of
 from sageLLM.runtime.convert.gguf_writer import GgufEntry, GgufWriter
-from sageLLM.runtime.convert.source import Source, out_of_range
+from sageLLM.runtime.convert.source import FLOATS, Progress, Source, out_of_range
 from sageLLM.runtime.core.model.formats import Format, QuantMethod
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
@@ -30,13 +30,11 @@ CHUNK = 2**22
 """Elements that are converted at a time."""
 TABLE_FORMAT, TABLE_BITS = "q8_0", 8
 """Tables of tokens have this format in files of fewer bits: errors there count in each step."""
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Progress = Callable[[int, int], None]
 
 
 def gguf_formats(method: QuantMethod) -> dict[str, Format]:
     """The formats that files can be written in, by name."""
-    return {one.name: one for one in method.formats if one.name in _DTYPES or one.written is not None}
+    return {one.name: one for one in method.formats if one.name in FLOATS or one.written is not None}
 
 
 def write_gguf(source: Source, out: Path, form: str, registry: Registry, progress: Progress) -> int:
@@ -105,13 +103,13 @@ class _Encoder:
         matrices = self.formats[form]
         has_fewer_bits = matrices.written is not None and self._scheme(matrices).bits < TABLE_BITS
         tables = self.formats[TABLE_FORMAT] if has_fewer_bits else matrices
-        by_dtype = {dtype: self.formats[name] for name, dtype in _DTYPES.items()}
+        by_dtype = {dtype: self.formats[name] for name, dtype in FLOATS.items()}
         return Types(matrices, tables, self.formats["float32"], by_dtype)
 
     def blocks(self, format: Format, values: Tensor) -> Tensor | None:
         """Bytes of values f32[N, K]; None if they are outside of the range of the format."""
         if format.written is None:
-            found = values.to(_DTYPES[format.name])
+            found = values.to(FLOATS[format.name])
             return found.view(torch.uint8) if torch.equal(found.isfinite(), values.isfinite()) else None
         scheme = self._scheme(format)
         codes = Rounding(scheme, torch.float16).nearest(values)

@@ -105,6 +105,8 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._is_refused = False
         self._stop_deadline()
+        if not self.parser.should_keep_alive():
+            self.transport.close()  # not before: unread data would reset the connection, and the response with it
         self.on_response_complete()
 
     # --- responses without the application ---
@@ -118,8 +120,6 @@ class LimitedProtocol(HttpToolsProtocol):
             return False
         self._is_refused = True
         self.transport.write(response)
-        if not self.parser.should_keep_alive():
-            self.transport.close()
         return True
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

@@ -91,6 +91,14 @@ def test_a_refused_request_ends_its_connection_if_it_says_so_or_is_damaged() -> 
                 assert sock.recv(1) == b""
 
 
+def test_a_client_that_closes_reads_its_refusal_behind_a_large_body() -> None:
+    """A socket that is closed while data arrives resets the connection, and the response may be lost."""
+    with full_server() as (server, _), closing(connect(server)) as sock:
+        sock.sendall(request("Connection: close", body=b" " * 20_000_000))
+        assert [status for status, *_ in responses(sock, 1)] == [429]
+        assert sock.recv(1) == b""
+
+
 def test_the_rest_of_a_refused_request_must_arrive_in_time() -> None:
     with full_server(header_timeout=0.2) as (server, _), closing(connect(server)) as sock:
         sock.sendall(request()[:-1])
