@@ -76,6 +76,8 @@ class ModelRunner:
         self._parts = MicroBatchInputs(num_ubatches)
         # Pipeline stages overlap their decode steps, among which the scheduler has divided the requests.
         self._divides_decodes = model.pipeline_stage.count == 1 or model.config.tp > 1
+        # Read in each step, in which the microseconds count.
+        self._is_first_stage, self._is_last_stage = model.pipeline_stage.is_first, model.pipeline_stage.is_last
         self._buffers = ReceiveBuffers(model.device)
         self._watches_layers = False
         self._is_first_run = False
@@ -136,7 +138,9 @@ class ModelRunner:
                 return self.run(stage, decodes, chunks, rows, draws)
         inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows, draws), self._parts.num_parts
         blocks = {} if self.pool.lower is None else lower_blocks(inputs, self.pool)
-        num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in chunks)
+        num_tokens = len(decodes)
+        if chunks:
+            num_tokens += sum(chunk.num_tokens for chunk in chunks)
         if blocks:
             inputs, num_ubatches = {**inputs, **blocks}, 1
         if num_ubatches > 1:
@@ -152,7 +156,7 @@ class ModelRunner:
             outputs = self._run_plan(plan, num_ubatches, inputs, num_tokens)
         finally:
             self._watched = None
-        if not self.model.pipeline_stage.is_last:
+        if not self._is_last_stage:
             return None
         values, greedy_ids, *best = outputs
         tokens = plan.tokens if isinstance(plan, DevicePlan) else None
@@ -176,7 +180,7 @@ class ModelRunner:
         return Logits(values, greedy_ids, tokens=plan.tokens)
 
     def _run_plan(self, plan: Runnable, num_ubatches: int, inputs: Inputs, num_tokens: int) -> list[Tensor]:
-        if not self.model.pipeline_stage.is_first:
+        if not self._is_first_stage:
             inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
         return plan.run(inputs)
 

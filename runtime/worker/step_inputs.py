@@ -55,6 +55,7 @@ class StepInputs:
         self._num_positions = 0  # the tokens of the longest decode
         self._num_padded = 0  # the rows of a step of decodes with those of padding, 0 if they are not filled
         self._last_rows: Sequence[int] | None = None
+        self._steady: Inputs | None = None  # the inputs of the last step, if it was one of decodes alone on a CPU
         self._views: dict[tuple[int, int, int, int], Inputs] = {}
         self._num_tokens = self._num_sequences = self._num_drawn = 0
         self._reserve(1, 1)
@@ -71,6 +72,9 @@ class StepInputs:
         If `decodes` is the object of the step before, each of its sequences must have one more token than then; if
         `rows` is, it must not have changed. The caller must not change the result, which is kept for steps of its size.
         """
+        if self._steady is not None and decodes is self._decodes and rows is self._last_rows and not chunks:
+            self._advance_decodes(decodes)
+            return self._steady
         num_decodes = len(decodes)
         num_tokens = num_decodes + sum(chunk.num_tokens for chunk in chunks)
         num_sequences = num_decodes + len(chunks)
@@ -97,7 +101,9 @@ class StepInputs:
             self._last_rows = rows
             self._num_padded = 0
         if self._buckets is None:
-            return self._inputs(num_tokens, num_sequences, len(rows), self._max_blocks)
+            inputs = self._inputs(num_tokens, num_sequences, len(rows), self._max_blocks)
+            self._steady = None if chunks else inputs
+            return inputs
         width = self._buckets.width(-(-self._longest(num_decodes, chunks) // self._block_size))
         if chunks or len(rows) != num_decodes:
             self._num_padded = 0
@@ -150,7 +156,8 @@ class StepInputs:
             self._put_table(row, sequence)
         positions = np.array(self._positions, np.int32)
         blocks, offsets = np.divmod(positions, size)
-        self._ids[:n] = decodes.last_token_ids()
+        self._decode_ids = self._ids[:n]
+        self._decode_ids[:] = decodes.last_token_ids()
         self._pos[:n] = positions
         if self._tables.switch_len is not None:
             self._pos[:n] += np.array([self._tables.first_row(s.num_tokens) for s in decodes], np.int32)
@@ -162,7 +169,7 @@ class StepInputs:
     def _advance_decodes(self, decodes: DecodeBatch) -> None:
         """Moves the rows of the last decode step on by one token."""
         size = self._block_size
-        self._ids[: len(decodes)] = decodes.last_token_ids()
+        self._decode_ids[:] = decodes.last_token_ids()
         self._advancing += 1
         self._num_steps += 1
         for row in self._crossings[self._num_steps % size]:

@@ -121,7 +121,10 @@ class Worker:
 
     def run(self, order: StepOrder) -> StepResult:
         """Computes the tokens of an order that has begun."""
-        batch = Batch(self._sequences.decodes(order), [self._sequences.chunk(chunk) for chunk in order.chunks])
+        batch = Batch(
+            self._sequences.decodes(order),
+            [self._sequences.chunk(chunk) for chunk in order.chunks] if order.chunks else [],
+        )
         result = StepResult([NO_TOKEN] * len(batch.sampled))
         if self._failed:
             self._run_one_by_one(batch, result)
