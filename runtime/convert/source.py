@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.stored import with_stored_ties
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
@@ -19,6 +21,7 @@ from sageLLM.runtime.loader.gguf_folder import gguf_folder
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.quantization import find_in_config, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
+from sageLLM.runtime.loader.weights import have_equal_values
 from sageLLM.runtime.registry.plugins import Registry
 
 FLOATS: Mapping[str, torch.dtype] = {
@@ -85,4 +88,7 @@ def open_source(model: Path, registry: Registry) -> Source:
         sizes = layout.read_config(config)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    return Source(folder, data, layout, sizes, config.values, open_checkpoint(folder, registry))
+    checkpoint = open_checkpoint(folder, registry)
+    are_equal = partial(have_equal_values, checkpoint, torch.float32)
+    layout = with_stored_ties(layout, sizes, checkpoint.names, are_equal)
+    return Source(folder, data, layout, sizes, config.values, checkpoint)

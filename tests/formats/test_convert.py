@@ -230,6 +230,21 @@ def test_a_quantised_folder_becomes_floats(form: str, make_checkpoint: MakeCheck
     assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
 
 
+def test_a_head_unlike_the_embeddings_is_kept(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """It is not tied then, whatever the config says; an equal one is written once."""
+    source = make_checkpoint("Llama", **SMALL, tie_word_embeddings=True)
+    weights = {name: one for name, one in load_file(source / "model.safetensors").items() if name != "lm_head.weight"}
+    for name, factor in (("equal", 1.0), ("other", -1.0)):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        head = factor * weights["model.embed_tokens.weight"]
+        save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+        convert(folder, tmp_path / f"{name}.gguf", REGISTRY, "float32")
+        assert ("output.weight" in read_gguf_header(tmp_path / f"{name}.gguf").tensors) == (name == "other")
+        found, own = answers(tmp_path / f"{name}.gguf", dtype="float32"), answers(folder, dtype="float32")
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in own]
+
+
 def test_rotations(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     llama3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
