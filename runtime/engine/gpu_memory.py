@@ -9,6 +9,7 @@ from sageLLM.runtime.core.passes.memory import plan_memory
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.buckets import row_buckets, table_widths
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.kernels.triton import workspace_bytes
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
@@ -56,18 +57,24 @@ def kv_cache_bytes(memory: DeviceMemory, utilization: float, reserved: int) -> i
 
 
 def step_bytes(model: Model, compiler: ModelCompiler, config: PDSchedulerConfig, block_size: int) -> int:
-    """An estimate of the memory of the largest step, and of the outputs of all captured graphs."""
+    """An estimate of the memory of the largest step and of all captured graphs.
+
+    The results of parts of sequences in decode attention are no values of a graph, and can be larger than all of them.
+    """
     decodes, prompt_tokens = config.max_decode_batch_size, config.max_prefill_tokens
     rows = decodes + min(prompt_tokens, config.max_prefill_batch_size)
     max_blocks = -(-model.max_model_len // block_size)
     sizes = {"T": decodes + prompt_tokens, "Td": decodes, "Tp": prompt_tokens, "B": rows, "S": rows, "MB": max_blocks}
     sizes |= {"PG": 1, "BS": block_size, "P": model.max_model_len}
-    graph = compiler.kernel_graph("hybrid")
+    graph, buckets = compiler.kernel_graph("hybrid"), row_buckets(decodes)
+    uses_triton = compiler.planner.name == "triton"
     largest = TEMPORARY_FACTOR * plan_memory(graph, sizes).peak_bytes
+    largest += workspace_bytes(graph, sizes) if uses_triton else 0
     if not compiler.planner.captures:
         return largest
-    captured = sum(row_buckets(config.max_decode_batch_size)) * len(table_widths(max_blocks))
-    return largest + captured * 4 * int(model.config.V)
+    # Captured graphs share memory with each other, not with other steps.
+    own = workspace_bytes(compiler.kernel_graph("decode"), {**sizes, "B": buckets[-1]}) if uses_triton else 0
+    return largest + own + sum(buckets) * len(table_widths(max_blocks)) * 4 * int(model.config.V)
 
 
 def unloaded_bytes(model: Model) -> int:

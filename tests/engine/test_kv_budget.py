@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sageLLM.runtime.engine import start_llm as start_module
 from sageLLM.runtime.engine.gpu_memory import DeviceMemory, kv_cache_bytes, step_bytes, unloaded_bytes
 from sageLLM.runtime.engine.kv_budget import KVCacheSize, choose_kv_cache_size
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.executor.planner import TorchPlanner
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 STRICT, HYBRID = PDSchedulerConfig(mode="strict"), PDSchedulerConfig(mode="hybrid")
@@ -91,6 +93,21 @@ def test_a_gpu_has_a_fraction_of_its_memory_less_what_is_used(llm: LLM, monkeypa
     assert explicit.kv_cache_size.reason == "set by num_kv_blocks"
     with pytest.raises(SageError, match=r"must be above 0 and at most 1, got 1\.5"):
         LLM(MODEL, gpu_memory_utilization=1.5)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
+def test_a_gpu_has_memory_for_the_results_of_parts_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode attention divides 512 keys into two parts; a captured graph keeps the results of its own."""
+    llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
+    reserved: list[int] = []
+    for planner in (TorchPlanner({}), TorchPlanner({}, "triton"), TorchPlanner({}, captures=True)):
+        monkeypatch.setattr(llm.compiler, "planner", planner)
+        reserved.append(step_bytes(llm.model, llm.compiler, HYBRID, 16))
+    monkeypatch.setattr(llm.compiler, "planner", TorchPlanner({}, "triton", captures=True))
+    captured = step_bytes(llm.model, llm.compiler, HYBRID, 16) - reserved[2]
+    part = 6 * (32 + 1) * 4  # of 6 heads: 32 numbers and the logarithm of their weight
+    assert reserved[1] - reserved[0] == (HYBRID.max_decode_batch_size + HYBRID.max_prefill_batch_size) * 2 * part
+    assert captured - (reserved[1] - reserved[0]) == HYBRID.max_decode_batch_size * 2 * part
 
 
 def test_one_sequence_must_fit_on_a_gpu(llm: LLM) -> None:

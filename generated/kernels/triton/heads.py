@@ -50,10 +50,19 @@ class DecodePlan(NamedTuple):
         names = ("G", "DV", "SPLIT", "MAX_SPLITS", "BLOCK_H", "BLOCK_DV", "BLOCK_N", "enable_fp_fusion")
         return {name: self.meta[name] for name in names} | {"num_warps": 4, "num_stages": 1}
 
+    def part_bytes(self, B: int) -> int:
+        """The bytes of the results of parts and of the logarithms of their weights."""
+        return 4 * B * self.num_heads * self.max_splits * (1 + self.part_size)
+
+    @property
+    def part_size(self) -> int:
+        """The elements of the result of a part; 0 if every sequence is one part."""
+        return self.value_size if self.max_splits > 1 else 0
+
     def workspace(self, B: int, device: torch.device, op: str) -> tuple[Tensor, Tensor, Tensor]:
         """The results of parts, the logarithms of their weights, and counters of finished parts, which are zero."""
         rows = B * self.num_heads * self.max_splits
-        parts = torch.empty(rows, self.value_size if self.max_splits > 1 else 0, dtype=torch.float32, device=device)
+        parts = torch.empty(rows, self.part_size, dtype=torch.float32, device=device)
         count = triton.next_power_of_2(max(B * self.grid[0], 1024))
         return parts, torch.empty(rows, dtype=torch.float32, device=device), _counters(op, device, count)
 
