@@ -2,7 +2,8 @@
 
     python benchmarks/peers/publish.py [benchmarks/results/peers.json]
 
-Refuses a result that was measured without waiting for a quiet machine.
+Results of other workloads and instructions next to that file (`MORE`) follow it in docs/benchmarks.md. Refuses a result
+that was measured without waiting for a quiet machine.
 """
 
 import json
@@ -15,6 +16,7 @@ from table import best_peer, text_of, voids_of
 from variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
+MORE = ("peers_long.json", "peers_avx2.json")
 BEGIN, END = "<!-- peers: begin -->\n", "<!-- peers: end -->\n"
 SHAPES = {"135m": "SmolLM-135M", "0.6b": "Qwen3-0.6B"}
 FIGURES = {
@@ -80,20 +82,27 @@ def formats_block(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replace_block(path: Path, block: str) -> None:
+def replace_block(path: Path, block: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Replaces the lines between the marks of a page."""
     text = path.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    start, end = text.index(marks[0]) + len(marks[0]), text.index(marks[1])
     path.write_text(text[:start] + block + text[end:], encoding="utf-8")
 
 
-def main(path: Path) -> None:
-    result = json.loads(path.read_text(encoding="utf-8"))
+def read(path: Path) -> dict[str, Any]:
+    """A result. Exits if other work disturbed it."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not result["is_quiet"]:
         sys.exit(f"{path} was measured with --no-wait: measure again on a quiet machine")
+    return result
+
+
+def main(path: Path) -> None:
+    result = read(path)
+    more = [read(path.with_name(name)) for name in MORE if path.with_name(name).exists()]
     replace_block(ROOT / "README.md", readme_block(result, is_chinese=False))
     replace_block(ROOT / "README.zh-CN.md", readme_block(result, is_chinese=True))
-    replace_block(ROOT / "docs" / "benchmarks.md", text_of(result) + "\n")
+    replace_block(ROOT / "docs" / "benchmarks.md", "\n".join(text_of(one) + "\n" for one in (result, *more)))
     replace_block(ROOT / "docs" / "formats.md", formats_block(result))
     sys.path.append(str(ROOT / "docs" / "images"))
     import measured

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 RESTRICTED_WORKLOADS = ["decode", "prefill_1024"]
 RESTRICTED_SHAPES = ["135m"]
-PROCESS_LIMIT_S = 600
+PROCESS_LIMIT_S = 1200
 SAMPLING_S = 40
 """Seconds of a process after which a workload is measured only once."""
 

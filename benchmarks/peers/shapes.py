@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MAX_LEN = 8320
+MAX_LEN = 8832
 """Tokens of the longest sequence of a workload, with room for its answer."""
 
 

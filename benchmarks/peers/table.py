@@ -15,7 +15,7 @@ from correctness import problem_of
 from load import MAX_FOREIGN
 from shapes import WEIGHT_BYTES, Work, work_of
 from variants import KINDS, VARIANTS, Variant
-from workloads import NUM_DECODED, requests
+from workloads import num_decoded, requests
 
 UNITS = {
     "decode": "decode, 1 request, tok/s",
@@ -122,7 +122,8 @@ def bound_of(figure: str, work: Work, variant: Variant, isa: str, limits: Mappin
     peak = max(limits["gflop_s"].get(loop, 0.0) for loop in loops) * 1e9
     kind, _, size = figure.partition("_")
     if kind == "decode":
-        return read / work.decode_bytes(variant.form, int(size or 128) + NUM_DECODED // 2)
+        context = int(size or 128)
+        return read / work.decode_bytes(variant.form, context + num_decoded(context) // 2)
     if kind == "prefill":
         return int(size) * peak / work.prompt_flops(int(size))
     if kind == "serve":

@@ -11,6 +11,7 @@ from load import LoadTimes
 NUM_IDS = 4000
 """Prompts are drawn from the first so many ids, which every shape's vocabulary has."""
 NUM_DECODED = 64
+"""New tokens of a decode after a short prompt; see `num_decoded`."""
 PROMPT_LENS, OUTPUT_LENS = (32, 256), (32, 64)
 """Ranges of the lengths of simultaneous requests."""
 
@@ -58,13 +59,19 @@ class Workload:
         return found
 
 
+def num_decoded(context: int) -> int:
+    """New tokens that a decode is timed for: more after a long prompt, whose own time is subtracted with its noise."""
+    return max(NUM_DECODED, context // 16)
+
+
 def decode(context: int) -> Callable[[Complete, random.Random], float]:
-    """Tokens per second of one sequence: NUM_DECODED more tokens after a prompt of `context` and a first token."""
+    """Tokens per second of one sequence: `num_decoded` more tokens after a prompt of `context` and a first token."""
+    num = num_decoded(context)
 
     def measure(complete: Complete, draw: random.Random) -> float:
         first = seconds(complete, [ask(draw, context, 1)])
-        whole = seconds(complete, [ask(draw, context, NUM_DECODED + 1)])
-        return NUM_DECODED / (whole - first)
+        whole = seconds(complete, [ask(draw, context, num + 1)])
+        return num / (whole - first)
 
     return measure
 
