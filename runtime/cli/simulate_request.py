@@ -94,6 +94,9 @@ class SimulateRequest(TraceOptions):
     prefix_caching: Annotated[
         bool, Option("Reuse KV of equal prefixes, which include those of preempted requests.")
     ] = True
+    async_scheduling: Annotated[
+        bool, Option("Plan each step while the one before it runs; not in strict mode, or with --pp above 1.")
+    ] = True
     is_fused: Annotated[
         bool,
         Option("Kernels of the engine, with epilogues; without it every op is a kernel.", "--fusion/--no-fusion"),

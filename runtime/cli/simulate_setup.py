@@ -56,6 +56,7 @@ def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
         max_model_len=request.max_model_len,
         full_sequence_must_fit=request.full_sequence_gate,
         long_prefill_token_threshold=request.long_prefill_threshold,
+        async_scheduling=request.async_scheduling,
         objective=request.objective,
     )
 

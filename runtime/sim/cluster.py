@@ -103,7 +103,8 @@ class Kind:
 
     With a depth above 1 a worker has that many steps in flight: either those of one scheduler that plans a step while
     others are pending (`shares_scheduler`), as vLLM does, or one each of as many schedulers with separate requests and
-    KV, as DistServe does. `make_scheduler` is called once per scheduler.
+    KV, as DistServe does. With `plans_ahead` each worker plans a step while another one runs. `make_scheduler` is
+    called once per scheduler.
     """
 
     make_scheduler: MakeScheduler
@@ -111,6 +112,7 @@ class Kind:
     num_workers: int = 1
     depth: int = 1
     shares_scheduler: bool = False
+    plans_ahead: bool = False
 
     def make(self, clock: VirtualClock) -> list[Worker]:
         """The workers, one per step in flight."""
@@ -118,7 +120,7 @@ class Kind:
 
     def _lanes(self, clock: VirtualClock) -> list[Worker]:
         stages = Stages(self.depth)
-        first = Worker(self.make_scheduler(clock), self.cost, clock, stages)
+        first = Worker(self.make_scheduler(clock), self.cost, clock, stages, self.plans_ahead)
         lanes = [first]
         for _ in range(self.depth - 1):
             scheduler = first.scheduler if self.shares_scheduler else self.make_scheduler(clock)

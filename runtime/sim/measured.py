@@ -49,13 +49,14 @@ class Errors(NamedTuple):
     """Relative errors of a simulation: simulated / measured - 1."""
 
     ttft_mean: float
+    ttft_p50: float
     ttft_p99: float
     tpot_mean: float
     tpot_p99: float
     throughput: float
 
     def __str__(self) -> str:
-        ttft = f"TTFT mean {self.ttft_mean:+.1%}, p99 {self.ttft_p99:+.1%}"
+        ttft = f"TTFT mean {self.ttft_mean:+.1%}, p50 {self.ttft_p50:+.1%}, p99 {self.ttft_p99:+.1%}"
         tpot = f"TPOT mean {self.tpot_mean:+.1%}, p99 {self.tpot_p99:+.1%}"
         return f"{ttft}; {tpot}; tok/s {self.throughput:+.1%}"
 
@@ -64,6 +65,7 @@ def errors_of(simulated: Summary, measured: Summary) -> Errors:
     """The errors of a simulation of the same requests."""
     return Errors(
         simulated.mean_ttft / measured.mean_ttft - 1,
+        simulated.ttft[50] / measured.ttft[50] - 1,
         simulated.ttft[99] / measured.ttft[99] - 1,
         simulated.mean_tpot / measured.mean_tpot - 1,
         simulated.tpot[99] / measured.tpot[99] - 1,

@@ -39,7 +39,9 @@ class Setup:
     A worker is a pipeline of `pipeline_depth` stages; `cost` is that of all stages together. In modes besides strict,
     groups of `expert_parallel_size` workers step together.
 
-    `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode vllm only (`RunningFirstConfig`).
+    With `async_scheduling` a worker plans each step when the one before it starts, as the engine does. It has no effect
+    in strict mode and in pipelines. `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode
+    vllm only (`RunningFirstConfig`).
     """
 
     cost: StepCostModel
@@ -56,7 +58,13 @@ class Setup:
     max_model_len: int | None = None
     full_sequence_must_fit: bool = True
     long_prefill_token_threshold: int = 0
+    async_scheduling: bool = False
     objective: ServiceObjective = field(default_factory=ServiceObjective)
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether workers with both phases plan a step ahead."""
+        return self.async_scheduling and self.pipeline_depth == 1
 
     def role(self, name: RoleName) -> RoleSetup:
         """The workers of a role."""
@@ -81,7 +89,7 @@ def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
 
 def _colocated(make_scheduler: MakeScheduler, setup: Setup, shares_scheduler: bool = False) -> MakeCluster:
     num_workers = setup.num_workers or setup.num_prefill + setup.num_decode
-    kind = Kind(make_scheduler, setup.cost, num_workers, setup.pipeline_depth, shares_scheduler)
+    kind = Kind(make_scheduler, setup.cost, num_workers, setup.pipeline_depth, shares_scheduler, setup.plans_ahead)
 
     def build(events: EventQueue) -> Cluster:
         size = setup.expert_parallel_size
@@ -143,6 +151,7 @@ def _running_first(setup: Setup) -> MakeScheduler:
         long_prefill_token_threshold=setup.long_prefill_token_threshold,
         enable_prefix_caching=setup.enable_prefix_caching,
         full_sequence_must_fit=setup.full_sequence_must_fit,
+        async_scheduling=setup.plans_ahead,
     )
     budget = setup.kv_budget or DEFAULT_KV
 

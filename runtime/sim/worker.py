@@ -38,10 +38,19 @@ class LiveRequest:
 
 
 class Worker:
-    """Runs the steps that its scheduler plans. All tokens are 0, as the trace determines the lengths of answers."""
+    """Runs the steps that its scheduler plans. All tokens are 0, as the trace determines the lengths of answers.
+
+    With `plans_ahead` a step is planned when the one before it starts, so requests that arrive later miss it. If that
+    plan has no work, another one is made at the end of the running step.
+    """
 
     def __init__(
-        self, scheduler: BaseScheduler, cost: StepCostModel, clock: VirtualClock, stages: Stages | None = None
+        self,
+        scheduler: BaseScheduler,
+        cost: StepCostModel,
+        clock: VirtualClock,
+        stages: Stages | None = None,
+        plans_ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.stages = stages or Stages()
@@ -52,6 +61,8 @@ class Worker:
         self._live: dict[str, LiveRequest] = {}
         self._step: ScheduleOutput | None = None
         self._copies: list[KVMigration] = []
+        self._plans_ahead = plans_ahead
+        self._next: ScheduleOutput | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -79,17 +90,21 @@ class Worker:
         self._live[live.request.request_id] = live
 
     def start_step(self) -> float | None:
-        """Plans and starts a step; returns its duration in seconds, or None if it computes nothing."""
-        step = self._plan()
-        for request in step.preempted_requests:
-            self._live[request.request_id].timeline.num_preemptions += 1
-        self._copies += step.kv_migrations
-        if not (step.prefill_batch or step.decode_batch):
+        """Starts the planned step, or a new one; returns its duration in seconds, or None if it computes nothing."""
+        planned, self._next = self._next, None
+        if planned is not None and not _has_work(planned):
+            self._commit(planned, [])
+            planned = None
+        step = planned or self._plan()
+        if not _has_work(step):
             self._commit(step, [])
             return None
         self._step = step
         self.num_steps += 1
-        return self._cost.step_s(work_of(step))
+        duration = self._cost.step_s(work_of(step))
+        if self._plans_ahead:
+            self._next = self._plan()
+        return duration
 
     def take_copies(self) -> list[KVMigration]:
         """The copies planned since the last call."""
@@ -119,6 +134,15 @@ class Worker:
         return left
 
     def _plan(self) -> ScheduleOutput:
+        step = self._schedule()
+        for request in step.preempted_requests:
+            self._live[request.request_id].timeline.num_preemptions += 1
+        self._copies += step.kv_migrations
+        return step
+
+    def _schedule(self) -> ScheduleOutput:
+        if isinstance(self.scheduler, PDScheduler):
+            return self.scheduler.plan_ahead()
         return self.scheduler.schedule()
 
     def _commit(self, step: ScheduleOutput, finished: list[str]) -> list[str]:
@@ -136,12 +160,16 @@ class RoleWorker(Worker):
         super().__init__(scheduler, cost, clock)
         self._role: Role = role
 
-    def _plan(self) -> ScheduleOutput:
+    def _schedule(self) -> ScheduleOutput:
         return self.scheduler.schedule(self._role)
 
     def _commit(self, step: ScheduleOutput, finished: list[str]) -> list[str]:
         pending = [copy.request_id for copy in step.kv_migrations]
         return self.scheduler.update_after_step(finished, pending, step.step_id)
+
+
+def _has_work(step: ScheduleOutput) -> bool:
+    return bool(step.prefill_batch or step.decode_batch)
 
 
 def _requests_with_token(step: ScheduleOutput) -> list[Request]:

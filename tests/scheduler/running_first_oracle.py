@@ -46,9 +46,10 @@ class Oracle:
         self._sort()
 
     def end(self, name: str) -> None:
-        """A running request has ended."""
-        item = next(item for item in self.running if item.name == name)
-        self.running.remove(item)
+        """A request has ended. With steps planned ahead it may wait, preempted after its last token was planned."""
+        queue = next(queue for queue in (self.running, self.waiting) if any(item.name == name for item in queue))
+        item = next(item for item in queue if item.name == name)
+        queue.remove(item)
         self._release(item)
 
     def step(self) -> Decision:

@@ -218,6 +218,66 @@ def test_the_threshold_caps_a_prompt_before_it_is_compared_with_the_budget() -> 
     assert step(scheduler).num_scheduled_tokens == {"a": 3, "b": 5}
 
 
+def test_async_scheduling_plans_tokens_that_are_still_computed() -> None:
+    """An answer of three tokens: each step but the first is planned before the one before it has ended."""
+    scheduler = make(async_scheduling=True)
+    add(scheduler, "a", 10, max_new_tokens=3)
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert [step.num_scheduled_tokens for step in steps] == [{"a": 10}, {"a": 1}, {"a": 1}, {}]
+    assert steps[1].prefill_batch is None and steps[1].decode_batch is not None, "a decode although no token is known"
+    for step in steps:
+        finish_step(scheduler, step)
+    assert not scheduler.running_requests and scheduler.get_stats()["kv_blocks_used"] == 0
+
+
+def test_async_scheduling_continues_a_prompt_and_frees_an_ended_request_at_once() -> None:
+    scheduler = make(async_scheduling=True, max_num_seqs=2, max_num_batched_tokens=8, enable_prefix_caching=False)
+    add(scheduler, "a", 6, max_new_tokens=1)
+    add(scheduler, "b", 12)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first.num_scheduled_tokens == {"a": 6, "b": 2}
+    assert second.num_scheduled_tokens == {"b": 8}, "a ends with the pending step"
+    finish_step(scheduler, first)
+    assert scheduler.get_stats()["kv_blocks_used"] == 1, "the block of a, which is in no pending step, is free"
+    add(scheduler, "c", 3)
+    assert scheduler.schedule().num_scheduled_tokens == {"b": 2, "c": 3}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_async_scheduling_decides_as_if_tokens_were_known_when_planned(seed) -> None:
+    """The oracle gets the tokens of a step when it is planned, and the ends one step later. Prefixes are not cached."""
+    rng = random.Random(seed)
+    num_blocks, settings = rng.randint(7, 14), random_settings(rng) | {"enable_prefix_caching": False}
+    scheduler = make(num_blocks=num_blocks, block_size=4, **settings, async_scheduling=True)
+    oracle = Oracle(scheduler.config, num_blocks, 4)
+    items: dict[str, Item] = {}
+    limits: dict[str, int] = {}
+    pending, ends = None, []
+    for number in range(160):
+        if number < 100 and rng.random() < 0.4:
+            name, prompt = f"r{number}", [0] * rng.randint(1, 16)
+            request = add(scheduler, name, prompt, max_new_tokens=rng.randint(1, 12), priority=rng.randint(0, 2))
+            items[name] = Item(name, list(prompt), request.priority, number)
+            limits[name] = len(prompt) + request.max_new_tokens
+            oracle.add(items[name])
+        out, decision = scheduler.schedule(), oracle.step()
+        assert out.num_scheduled_tokens == decision.scheduled
+        assert [request.request_id for request in out.preempted_requests] == decision.preempted
+        chunks = [chunk for batch in (out.prefill_batch, out.decode_batch) if batch for chunk in batch.chunks]
+        new_ends = []
+        for item in (items[chunk.request.request_id] for chunk in chunks if chunk.is_last):
+            item.tokens.append(7)
+            if len(item.tokens) == limits[item.name]:
+                item.num_planned += 1  # its last token is not computed in a further step
+                new_ends.append(item.name)
+        if pending is not None:
+            finish_step(scheduler, pending, ends)
+            for name in ends:
+                oracle.end(name)
+        pending, ends = out, new_ends
+    assert scheduler.get_stats()["num_running"] == len(oracle.running)
+
+
 def random_settings(rng: random.Random) -> dict[str, object]:
     return {
         "max_num_seqs": rng.randint(1, 6),

@@ -66,14 +66,18 @@ def check(errors: dict[str, float], limit: float, *unchecked: str) -> None:
 def test_a_measured_profile_on_one_device(data: Path, llama_8b: Path) -> None:
     """With the time of vLLM's scheduler, 7.2 us per request (1,840 us at 256 requests, from a separate measurement)."""
     args = ("--profile", data / RUN, "--model", llama_8b, "--trace", data / RUN / "requests.jsonl", "--compare")
-    check(simulate(*args, *ONE_WORKER, *PRO_6000, "--request-overhead-us", "7.2")["errors"]["vllm"], 0.03)
-    check(simulate(*args, *ONE_WORKER, *PRO_6000)["errors"]["vllm"], 0.08)
+    errors = simulate(*args, *ONE_WORKER, *PRO_6000, "--request-overhead-us", "7.2")["errors"]["vllm"]
+    check(errors, 0.03, "ttft_p50")
+    assert abs(errors["ttft_p50"]) < 0.09, "half of the requests wait, for seconds"
+    check(simulate(*args, *ONE_WORKER, *PRO_6000)["errors"]["vllm"], 0.08, "ttft_p50")
 
 
 def test_the_roofline_of_the_same_device(data: Path, llama_8b: Path) -> None:
     """The entry's efficiencies are fitted to kernels, not to this run; vLLM has no epilogues."""
     args = ("--model", llama_8b, "--trace", data / RUN / "requests.jsonl", "--compare", "--no-fusion")
-    check(simulate(*args, *ONE_WORKER, *PRO_6000, "--request-overhead-us", "7.2")["errors"]["vllm"], 0.04)
+    errors = simulate(*args, *ONE_WORKER, *PRO_6000, "--request-overhead-us", "7.2")["errors"]["vllm"]
+    check(errors, 0.04, "ttft_p50")
+    assert abs(errors["ttft_p50"]) < 0.07
 
 
 def test_the_roofline_of_other_runs(clone: Path) -> None:
@@ -107,7 +111,10 @@ def test_two_devices(clone: Path) -> None:
 
 @pytest.mark.parametrize("is_profile", [True, False], ids=["profile", "roofline"])
 def test_experts_on_two_workers(clone: Path, is_profile: bool) -> None:
-    """Data parallelism of 2 with the experts on both; a few waiting requests are most of the mean of the TTFT."""
+    """Data parallelism of 2 with the experts on both.
+
+    The median TTFT is that of requests that do not wait for a place in the batch, the mean that of a few that do.
+    """
     model = "Qwen/Qwen3-30B-A3B-Instruct-2507"
     args = (
         "--model",
@@ -122,7 +129,14 @@ def test_experts_on_two_workers(clone: Path, is_profile: bool) -> None:
     )
     run = ("--trace", run_of(clone, "RTXPRO6000", model), "--compare")
     cost = ("--profile", profile_of(clone, "RTXPRO6000", model)) if is_profile else ("--no-fusion",)
-    check(simulate(*args, *run, *cost)["errors"]["vllm"], 0.05, "ttft_mean", "ttft_p99")
+    errors = simulate(*args, *run, *cost)["errors"]["vllm"]
+    if is_profile:
+        check(errors, 0.05)
+    else:
+        check(errors, 0.02, "ttft_mean", "ttft_p50", "ttft_p99")
+        check(errors, 0.11)
+    unplanned = simulate(*args, *run, *cost, "--no-async-scheduling")["errors"]["vllm"]
+    assert unplanned["ttft_p50"] < -0.2, "vLLM plans ahead: most requests here wait for a step and for the next one"
 
 
 DISTSERVE = ("--model", "facebook/opt-13b", "--max-batch-size", "10000000", "--max-decode-context", "50000")
@@ -141,10 +155,14 @@ SLO = ("--slo-ttft", "0.25", "--slo-tpot", "0.1")
 def test_distserves_rows(
     data: Path, tmp_path: Path, rate: float, mode: str, profile: str, arguments: tuple[str, ...], theirs: float
 ) -> None:
-    """DistServe decodes as many tokens as the answer has after the first token, so an answer is one token longer."""
+    """DistServe decodes as many tokens as the answer has after the first token, so an answer is one token longer.
+
+    It plans no step ahead.
+    """
     pairs = json.loads((data / "distserve" / "distserve_sim_lengths_300.json").read_text())
     trace = tmp_path / "lengths.json"
     trace.write_text(json.dumps([[prompt, output + 1] for prompt, output in pairs]))
     table = data / "distserve" / f"profiler-a100-80g.{profile}.json"
     args = ("--profile", table, "--trace", trace, "--rate", str(rate), "--mode", mode, *DISTSERVE, *SLO, *arguments)
+    args = (*args, "--no-async-scheduling")
     assert 100 * simulate(*args)["modes"][mode]["attainment"] == pytest.approx(theirs, abs=100 / 300 + 0.05)

@@ -3,12 +3,14 @@
 import dataclasses
 import random
 from array import array
+from typing import Any
 
 import pytest
 
 from sageLLM.runtime.scheduler.batch import KVBudget, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import StepWork
+from sageLLM.runtime.sim.baselines.running_first import RunningFirstScheduler
 from sageLLM.runtime.sim.metrics import Slo, Summary, Timeline
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.pipeline import Stages
@@ -34,10 +36,12 @@ def run(
     workers: tuple[int, int] = (1, 1),
     depth: int = 1,
     max_model_len: int | None = None,
+    async_scheduling: bool = False,
 ) -> tuple[list[Timeline], Simulation]:
     config = scheduler or PDSchedulerConfig()
     setup = Setup(PerToken(), lambda tokens: 0.001 * tokens, kv_budget, *workers, config)
     setup = dataclasses.replace(setup, pipeline_depth=depth, max_model_len=max_model_len)
+    setup = dataclasses.replace(setup, async_scheduling=async_scheduling)
     simulation = Simulation(make_cluster(mode, setup))
     return simulation.run(trace), simulation
 
@@ -167,6 +171,53 @@ def test_a_long_prompt_is_gated_by_its_whole_sequence_in_mode_vllm() -> None:
     assert preempted[True] == 0 < preempted[False]
 
 
+TOGETHER: tuple[SimMode, ...] = tuple(mode for mode in MODES if mode != "strict")
+
+
+@pytest.mark.parametrize("mode", TOGETHER)
+def test_async_scheduling_delays_a_prompt_by_the_step_planned_before_it_arrived(mode: SimMode) -> None:
+    """The step from 2.1 to 2.2 s was planned at 2 s, so the prompt that arrives at 2.05 s starts 0.1 s later."""
+    trace = [TraceRequest(0.0, 100, 6), TraceRequest(2.05, 100, 1)]
+    config = PDSchedulerConfig(max_consecutive_decodes=0)
+    first, late = run(mode, trace, workers=(1, 0), scheduler=config, async_scheduling=True)[0]
+    assert first.first_token_s == pytest.approx(2.0)
+    assert late.first_token_s == pytest.approx(2.2 + 2.0)
+    first, late = run(mode, trace, workers=(1, 0), scheduler=config)[0]
+    assert late.first_token_s == pytest.approx(2.1 + 2.0)
+
+
+@pytest.mark.parametrize("mode", TOGETHER)
+def test_async_scheduling_does_not_delay_a_request_alone(mode: SimMode) -> None:
+    """Nothing is planned ahead of its prompt, and the last step that is planned ahead is empty."""
+    trace = [TraceRequest(1.0, 100, 4), TraceRequest(3.25, 100, 2)]
+    first, second = run(mode, trace, workers=(1, 0), async_scheduling=True)[0]
+    assert (first.ttft_s, first.tpot_s) == pytest.approx((2.0, 0.1))
+    assert second.first_token_s == pytest.approx(3.3 + 2.0), "arrives in the last step, after which none was planned"
+
+
+def test_async_scheduling_of_workers_that_share_experts() -> None:
+    """The second worker is idle until 2.05 s: it joins the next step of the group, as nothing was planned for it."""
+    trace = [TraceRequest(0.0, 100, 6), TraceRequest(2.05, 100, 1), TraceRequest(2.06, 100, 1)]
+    setup = Setup(PerToken(), lambda tokens: 0.0, None, 1, 1, expert_parallel_size=2, async_scheduling=True)
+    _, second, third = Simulation(make_cluster("vllm", setup)).run(trace)
+    assert second.first_token_s == pytest.approx(2.1 + 2.0)
+    assert third.first_token_s == pytest.approx(4.1 + 2.0), (
+        "on the first worker, with a decode planned at 2 s before it"
+    )
+
+
+def test_async_scheduling_has_no_effect_in_pipelines_and_in_strict_mode() -> None:
+    trace = drawn_trace(2)
+    for mode, workers, depth in (
+        ("vllm", (1, 0), 2),
+        ("hybrid", (1, 0), 2),
+        ("strict", (1, 1), 1),
+        ("strict", (1, 2), 1),
+    ):
+        settings = {"workers": workers, "depth": depth, "scheduler": SMALL}
+        assert run(mode, trace, **settings)[0] == run(mode, trace, **settings, async_scheduling=True)[0]
+
+
 def drawn_trace(seed: int) -> list[TraceRequest]:
     draw = random.Random(seed)
     times = sorted(draw.uniform(0, 20) for _ in range(40))
@@ -177,14 +228,16 @@ SMALL = PDSchedulerConfig(max_prefill_tokens=64, prefill_chunk_size=32, max_deco
 
 
 # Two seeds for `auto`, which replays forecasts and takes ten times as long: it schedules by the rules of the others.
+@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
 @pytest.mark.parametrize("workers", [(1, 1), (1, 2)])
 @pytest.mark.parametrize(("mode", "seed"), [(mode, i) for mode in MODES for i in range(2 if mode == "auto" else 6)])
 def test_all_requests_are_served_completely_and_reproducibly(
-    mode: SimMode, seed: int, workers: tuple[int, int]
+    mode: SimMode, seed: int, workers: tuple[int, int], is_async: bool
 ) -> None:
     """With a pool so small that requests are preempted: every answer is complete, in order, and reproducible."""
     trace = drawn_trace(seed)
-    timelines, simulation = run(mode, trace, kv_budget=KVBudget(14, 16), scheduler=SMALL, workers=workers)
+    settings: dict[str, Any] = {"kv_budget": KVBudget(14, 16), "scheduler": SMALL, "async_scheduling": is_async}
+    timelines, simulation = run(mode, trace, workers=workers, **settings)
     for asked, got in zip(trace, timelines, strict=True):
         assert got.first_token_s is not None and got.last_token_s is not None
         assert asked.arrival_s < got.first_token_s <= got.last_token_s
@@ -192,9 +245,9 @@ def test_all_requests_are_served_completely_and_reproducibly(
         assert sum(got.gaps_s) == pytest.approx(got.last_token_s - got.first_token_s)
     assert not simulation.cluster.num_live
     for worker in simulation.cluster.workers:
-        stats = worker.scheduler.get_stats() if isinstance(worker.scheduler, PDScheduler) else {}
-        assert stats.get("kv_blocks_used", 0) == 0, "all blocks are free at the end"
-    assert timelines == run(mode, trace, kv_budget=KVBudget(14, 16), scheduler=SMALL, workers=workers)[0]
+        assert isinstance(worker.scheduler, PDScheduler | RunningFirstScheduler)
+        assert worker.scheduler.get_stats()["kv_blocks_used"] == 0, "all blocks are free at the end"
+    assert timelines == run(mode, trace, workers=workers, **settings)[0]
 
 
 def test_small_pools_do_preempt() -> None:
@@ -213,7 +266,7 @@ def test_shared_prefixes_are_computed_once_by_the_vllm_policy() -> None:
 
 
 def test_a_scheduler_that_loses_requests_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PDScheduler, "schedule", lambda self: ScheduleOutput())
+    monkeypatch.setattr(PDScheduler, "plan_ahead", lambda self: ScheduleOutput())
     with pytest.raises(RuntimeError, match=r"1 requests wait at 5\.000 s and no worker will ever step"):
         run("hybrid", [TraceRequest(5.0, 10, 2)])
 

@@ -8,8 +8,8 @@ if its owner is preempted in the same step.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +31,7 @@ class RunningFirstConfig:
     - `policy`: "fcfs", or "priority" (lowest `Request.priority` first, then earliest arrival).
     - `full_sequence_must_fit`: admit a request only if blocks are free for all its known tokens, not just for its first
       chunk.
+    - `async_scheduling`: while a step is pending, plan its requests further, with the tokens that it will produce.
     """
 
     max_num_seqs: int = 256
@@ -40,6 +41,7 @@ class RunningFirstConfig:
     enable_prefix_caching: bool = True
     policy: Literal["fcfs", "priority"] = "fcfs"
     full_sequence_must_fit: bool = False
+    async_scheduling: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("long_prefill_token_threshold", 0)):
@@ -51,18 +53,23 @@ class RunningFirstConfig:
 
 @dataclass(slots=True)
 class _Step:
-    """Step being planned."""
+    """Step being planned. `num_coming` counts the tokens by request that pending steps will produce."""
 
     budget: int
+    num_coming: Mapping[str, int]
     chunks: dict[str, Chunk] = field(default_factory=dict)
     new_blocks: dict[str, list[int]] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
 
+    def length(self, request: Request) -> int:
+        """The tokens of the request once the pending steps have ended."""
+        return request.total_tokens + self.num_coming.get(request.request_id, 0)
+
     def add(self, request: Request, num_tokens: int, new_blocks: list[int]) -> None:
         start = request.num_planned_tokens
         end = start + num_tokens
-        self.chunks[request.request_id] = Chunk(request, start, num_tokens, end == request.total_tokens)
+        self.chunks[request.request_id] = Chunk(request, start, num_tokens, end == self.length(request))
         self.budget -= num_tokens
         if new_blocks:
             self.new_blocks[request.request_id] = new_blocks
@@ -84,6 +91,12 @@ class _PendingStep:
     output: ScheduleOutput
     void: set[str] = field(default_factory=set)
 
+    @property
+    def chunks(self) -> list[Chunk]:
+        return [
+            chunk for batch in (self.output.prefill_batch, self.output.decode_batch) if batch for chunk in batch.chunks
+        ]
+
 
 class RunningFirstScheduler(BaseScheduler):
     """Schedules as vLLM's v1 scheduler does, over `kv_budget.num_blocks` blocks.
@@ -100,7 +113,9 @@ class RunningFirstScheduler(BaseScheduler):
        fit blocks the queue.
 
     `schedule` counts the tokens as planned at once, so it may be called again before `update_after_step`, which
-    commits the oldest step. A token that arrives for a request preempted since then is kept.
+    commits the oldest step. A request whose newest token a pending step computes is not in the next step, unless
+    `async_scheduling` is set; then only one that ends with it is not. A token that arrives for a request preempted
+    since then is kept.
     """
 
     def __init__(
@@ -120,7 +135,7 @@ class RunningFirstScheduler(BaseScheduler):
         self._clock = clock
         self._pending: deque[_PendingStep] = deque()
         self._freed: list[int] = []
-        self._pending_free: list[tuple[Request, int]] = []
+        self._ended: list[Request] = []
         self._num_steps = 0
         self._totals = dict.fromkeys(("total_prefill_batches", "total_decode_batches", "total_preemptions"), 0)
 
@@ -129,7 +144,7 @@ class RunningFirstScheduler(BaseScheduler):
         reason = super().why_not_acceptable(request) or self.limits.why_too_long(request)
         budget = self.config.max_num_batched_tokens
         is_whole = not self.config.enable_chunked_prefill
-        if reason is None and is_whole and self._num_tokens(request, 0) > budget:
+        if reason is None and is_whole and self._num_tokens(request.total_tokens, 0) > budget:
             return (
                 f"request {request.request_id!r} has {request.total_tokens} prompt tokens; without chunked prefill at "
                 f"most max_num_batched_tokens={budget} can be computed"
@@ -137,7 +152,7 @@ class RunningFirstScheduler(BaseScheduler):
         return reason
 
     def abort_request(self, request_id: str) -> bool:
-        """End a request; if a step is pending its blocks are freed when that step ends."""
+        """End a request; if it is in a pending step its blocks are freed when that step ends."""
         request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
         if request is None:
             return False
@@ -148,7 +163,7 @@ class RunningFirstScheduler(BaseScheduler):
 
     def schedule(self) -> ScheduleOutput:
         """Plan the next step."""
-        step = _Step(self.config.max_num_batched_tokens)
+        step = _Step(self.config.max_num_batched_tokens, self._num_coming())
         self._serve_running(step)
         if not step.preempted:
             self._admit_waiting(step)
@@ -159,14 +174,25 @@ class RunningFirstScheduler(BaseScheduler):
         self._num_steps += 1
         return output
 
+    def _num_coming(self) -> Mapping[str, int]:
+        if not self.config.async_scheduling:
+            return {}
+        return Counter(
+            chunk.request.request_id
+            for pending in self._pending
+            for chunk in pending.chunks
+            if chunk.is_last and chunk.request.request_id not in pending.void
+        )
+
     def _serve_running(self, step: _Step) -> None:
         for request in list(self.running_requests.values()):
             if step.budget <= 0:
                 return
             if request.request_id not in self.running_requests:  # a victim
                 continue
-            num_tokens = min(self._num_tokens(request, request.num_planned_tokens), step.budget)
-            if num_tokens <= 0:
+            length = step.length(request)
+            num_tokens = min(self._num_tokens(length, request.num_planned_tokens), step.budget)
+            if num_tokens <= 0 or self._ends_before(length, request):
                 continue
             if not self._make_room(request, request.num_planned_tokens + num_tokens, step):
                 return
@@ -213,7 +239,7 @@ class RunningFirstScheduler(BaseScheduler):
     def _admit(self, request: Request, step: _Step) -> bool:
         hits = self.kv.find_prefix(request)
         num_cached = len(hits) * self.kv.block_size
-        num_tokens = self._num_tokens(request, num_cached)
+        num_tokens = self._num_tokens(request.total_tokens, num_cached)
         if not self.config.enable_chunked_prefill and num_tokens > step.budget:
             return False
         num_tokens = min(num_tokens, step.budget)
@@ -231,13 +257,18 @@ class RunningFirstScheduler(BaseScheduler):
         step.add(request, num_tokens, new_blocks)
         return True
 
-    def _num_tokens(self, request: Request, num_planned: int) -> int:
-        num_tokens = request.total_tokens - num_planned
+    def _ends_before(self, length: int, request: Request) -> bool:
+        """Whether the request ends by length with a pending step, after which it will have `length` tokens."""
+        num_coming = length - request.total_tokens
+        return num_coming > 0 and self.limits.num_outputs_left(request) <= num_coming
+
+    def _num_tokens(self, length: int, num_planned: int) -> int:
+        num_tokens = length - num_planned
         threshold = self.config.long_prefill_token_threshold
         return min(num_tokens, threshold) if threshold else num_tokens
 
     def _output(self, step: _Step) -> ScheduleOutput:
-        decodes = [c for c in step.chunks.values() if c.request.output_token_ids and c.is_last and c.num_tokens == 1]
+        decodes = [chunk for chunk in step.chunks.values() if _is_decode(chunk)]
         ids = {chunk.request.request_id for chunk in decodes}
         prefills = [chunk for chunk in step.chunks.values() if chunk.request.request_id not in ids]
         freed, self._freed = self._freed, []
@@ -285,17 +316,16 @@ class RunningFirstScheduler(BaseScheduler):
     def _commit(self, step: _PendingStep) -> list[Request]:
         now = self._clock()
         last: list[Request] = []
-        for batch in (step.output.prefill_batch, step.output.decode_batch):
-            for chunk in batch.chunks if batch else ():
-                request = chunk.request
-                if chunk.is_last and request.first_token_time is None:
-                    request.first_token_time = now
-                if request.status is RequestStatus.FINISHED or request.request_id in step.void:
-                    continue
-                request.compute_up_to(chunk.start + chunk.num_tokens)
-                if chunk.is_last:
-                    request.status = RequestStatus.DECODING
-                    last.append(request)
+        for chunk in step.chunks:
+            request = chunk.request
+            if chunk.is_last and request.first_token_time is None:
+                request.first_token_time = now
+            if request.status is RequestStatus.FINISHED or request.request_id in step.void:
+                continue
+            request.compute_up_to(chunk.start + chunk.num_tokens)
+            if chunk.is_last:
+                request.status = RequestStatus.DECODING
+                last.append(request)
         return [request for request in last if self.limits.is_complete(request)]
 
     def _retire(self, request: Request) -> None:
@@ -306,18 +336,20 @@ class RunningFirstScheduler(BaseScheduler):
             del self.running_requests[request.request_id]
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
-        self._pending_free.append((request, self._num_steps))
+        self._ended.append(request)
         if not self._pending:
             self._free_ended()
 
     def _free_ended(self) -> None:
-        """Free the blocks of ended requests that no pending step may touch."""
-        oldest = self._pending[0].output.step_id if self._pending else self._num_steps
-        for request, num_steps in self._pending_free:
-            if num_steps <= oldest:
+        """Free the blocks of ended requests that are in no pending step."""
+        if not self._ended:
+            return
+        in_steps = {chunk.request for step in self._pending for chunk in step.chunks}
+        for request in self._ended:
+            if request not in in_steps:
                 self._freed += self.kv.release(request)
                 self.kv.forget(request)
-        self._pending_free = [(request, num_steps) for request, num_steps in self._pending_free if num_steps > oldest]
+        self._ended = [request for request in self._ended if request in in_steps]
 
     # --- reports ---
 
@@ -336,9 +368,14 @@ class RunningFirstScheduler(BaseScheduler):
 
     def check_integrity(self) -> None:
         """Check that blocks and requests agree."""
-        held = [*self.running_requests.values(), *(request for request, _ in self._pending_free)]
+        held = [*self.running_requests.values(), *self._ended]
         self.kv.check_integrity(held)
         assert not any(r.request_id in self.running_requests for r in self.waiting_queue), "a request waits and runs"
+
+
+def _is_decode(chunk: Chunk) -> bool:
+    has_token = chunk.request.output_token_ids or chunk.start >= chunk.request.num_prompt_tokens
+    return bool(has_token) and chunk.is_last and chunk.num_tokens == 1
 
 
 def _batch(batch_id: int, chunks: list[Chunk]) -> Batch | None:
