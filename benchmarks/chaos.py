@@ -57,7 +57,9 @@ def main() -> None:
 
 def run_throttled(rate: str) -> int:
     """Runs this command again in a network namespace with a slow loopback interface."""
-    link = f"ip link set lo up && tc qdisc add dev lo root tbf rate {shlex.quote(rate)} burst 64kb latency 2s"
+    # With packets as large as the burst tbf would drop each full one, and the link would be broken in place of slow.
+    limit = f"tbf rate {shlex.quote(rate)} burst 64kb latency 2s"
+    link = f"ip link set lo mtu 1500 up && tc qdisc add dev lo root {limit}"
     at = sys.argv.index("--throttle")
     command = [sys.executable, *sys.argv[:at], *sys.argv[at + 2 :], "--transport", "tcp"]
     return subprocess.run(

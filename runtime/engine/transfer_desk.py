@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sageLLM.runtime.scheduler.disaggregated import DisaggregatedScheduler
+from sageLLM.runtime.scheduler.transfer import LeaseEnd
 from sageLLM.runtime.scheduler.transfer_commands import CancelPiece, PieceId, PushPiece
 from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.transport.handle import End, Handle, PieceKey, SignedHandle, sign
@@ -26,11 +27,15 @@ class KVWorker(Protocol):
 
 @dataclass(slots=True)
 class _Piece:
-    """A piece on its way, with the digests that each source rank has reported."""
+    """A piece on its way, with the digests that each source rank has reported.
+
+    Until all have, it is the source's turn, and then the target's, which checks them.
+    """
 
     command: PushPiece
     handle: SignedHandle
     digests: dict[int, dict[int, int]] = field(default_factory=dict)
+    is_checked: bool = False
 
 
 class TransferDesk:
@@ -94,7 +99,7 @@ class TransferDesk:
         if piece is None:
             return
         is_source = worker == piece.command.source
-        self._scheduler.renew(piece_id, "source" if is_source else "target")
+        self._renew(piece_id, piece, "source" if is_source else "target")
         if report.kind == "pushed" and is_source:
             piece.digests[report.rank] = report.digests
             if len(piece.digests) == len(self._parts[worker]):
@@ -106,7 +111,15 @@ class TransferDesk:
             if piece_id not in self._stopping:
                 self.cancel(CancelPiece(piece_id, (piece.command.source, piece.command.target)))
 
+    def _renew(self, piece_id: PieceId, piece: _Piece, end: LeaseEnd) -> None:
+        """One end is at work on a piece. If it is its turn, nothing can be expected of the other one."""
+        self._scheduler.renew(piece_id, end)
+        turn: tuple[LeaseEnd, LeaseEnd] = ("target", "source") if piece.is_checked else ("source", "target")
+        if end == turn[0]:
+            self._scheduler.renew(piece_id, turn[1])
+
     def _check(self, piece: _Piece) -> None:
+        piece.is_checked = True
         source, target = piece.command.source, piece.command.target
         digests: list[list[int]] = [[] for _ in self._parts[target]]
         for route in routes_between(self._parts[source], self._parts[target]):
@@ -127,7 +140,7 @@ class TransferDesk:
         self._scheduler.stopped(piece_id)
 
     def renew(self, worker: int) -> None:
-        """A worker has shown life: pieces to it wait for their source alone."""
+        """A worker has shown life, which renews its end of the pieces to it."""
         for piece_id, piece in self._pieces.items():
             if piece.command.target == worker:
                 self._scheduler.renew(piece_id, "target")

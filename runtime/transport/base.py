@@ -11,7 +11,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Literal, Protocol
@@ -20,11 +22,10 @@ import msgspec
 
 from sageLLM.runtime.transport.handle import Handle, HandleError, PieceKey, SignedHandle, open_handle
 from sageLLM.runtime.transport.jobs import BACKGROUND, JobThread
+from sageLLM.runtime.transport.pulse import Progress, Pulse
 from sageLLM.runtime.transport.rows import DigestName, make_copier
 from sageLLM.runtime.transport.shards import Part, PoolShard, Route, routes_between
 
-ALIVE_SECONDS = 0.5
-"""The interval between two reports that renew the lease of a long piece."""
 GATE_SECONDS = 0.1
 """The interval between two looks at whether a piece that waits for the computation of a layer is cancelled."""
 MAX_CANCELLED = 4096
@@ -42,7 +43,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     - `received`: the target's pool agrees with the digests of all source ranks.
     - `failed`: this rank has stopped, for the `reason`.
     - `stopped`: the answer to `cancel`; this rank does not read or write for the piece any more.
-    - `alive`: this rank is still at work; it renews the lease of the transfer.
+    - `alive`: the piece is at this rank, and it or one before it has made progress; this renews its lease.
     """
 
     kind: ReportKind
@@ -111,11 +112,14 @@ class QueuedTransport(ABC):
 
     def __init__(self, place: Place, nice: int = BACKGROUND) -> None:
         self._place, self.copier = place, make_copier(place.digest)
-        self._reports: SimpleQueue[Report | None] = SimpleQueue()
+        self._reports: SimpleQueue[Report | None] = SimpleQueue()  # None: look again
+        self._pulse = Pulse()
+        self._num_sent = self._num_checked = 0  # groups of layers, and layers
+        self._pushing: PieceKey | None = None
         self._cancelled: OrderedDict[PieceKey, None] = OrderedDict()
         self._lock = Lock()
         self._pool: PoolShard | None = None
-        self._is_closed = False
+        self._is_closed = self._has_ended = False
         self._pushes = JobThread("sagellm-kv-push")
         self._checks = JobThread("sagellm-kv-check", nice)
 
@@ -129,10 +133,12 @@ class QueuedTransport(ABC):
 
     def push(self, signed: SignedHandle, address: Sequence[str] = (), gate: LayerGate | None = None) -> None:
         if (handle := self._accept(signed, is_source=True)) is not None:
-            self._pushes.submit(lambda: self._push(handle, signed, address, gate))
+            self._hold(handle.key, partial(self._push_progress, handle.key))
+            self._pushes.submit(lambda: self._push_unless_cancelled(handle, signed, address, gate))
 
     def check(self, signed: SignedHandle, digests: Sequence[int]) -> None:
         if (handle := self._accept(signed, is_source=False)) is not None:
+            self._hold(handle.key, lambda: self._num_checked)
             self._checks.submit(lambda: self._check(handle, digests))
 
     def cancel(self, key: PieceKey) -> None:
@@ -140,19 +146,27 @@ class QueuedTransport(ABC):
             self._cancelled[key] = None
             while len(self._cancelled) > MAX_CANCELLED:
                 self._cancelled.popitem(last=False)
+            is_pushing = self._pushing == key
         self._interrupt(key)
-        # After the jobs that may be at work on it, in both threads.
-        self._pushes.submit(lambda: self._checks.submit(lambda: self._settle(key)))
+        if not is_pushing:  # otherwise it settles when the thread that pushes has left it
+            self._checks.submit(lambda: self._settle(key))
 
     def poll(self, seconds: float | None = 0.0) -> list[Report]:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            found = self._take_reports(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            found += [Report("alive", key, self._place.rank) for key in self._pulse.take_moved()]
+            if found or self._has_ended or (deadline is not None and time.monotonic() >= deadline):
+                return found
+
+    def _take_reports(self, seconds: float | None) -> list[Report]:
+        """The reports that are there; waits up to `seconds`, or until the progress of pieces is due, for the first."""
         found: list[Report | None] = []
-        try:
-            found.append(self._reports.get(seconds != 0, seconds or None))
+        with suppress(Empty):
+            found.append(self._reports.get(seconds != 0, self._pulse.limit(seconds)))
             while True:
                 found.append(self._reports.get_nowait())
-        except Empty:
-            pass
-        if None in found:
+        if self._has_ended:
             self._reports.put(None)  # for the next call
         return [report for report in found if report is not None]
 
@@ -160,6 +174,7 @@ class QueuedTransport(ABC):
         self._is_closed = True
         self._pushes.close()
         self._checks.close()
+        self._has_ended = True
         self._reports.put(None)
 
     # --- for subclasses ---
@@ -176,6 +191,10 @@ class QueuedTransport(ABC):
         """How many layers `_send` is given together, unless each has to be computed first."""
         return 1
 
+    def _push_progress(self, key: PieceKey) -> object:
+        """Another value whenever a piece that has been accepted for `push`, or one before it, has gone on."""
+        return self._num_sent
+
     def _interrupt(self, key: PieceKey) -> None:
         """Wakes a `_send` that waits for the other end; by default none waits."""
         return
@@ -190,6 +209,11 @@ class QueuedTransport(ABC):
 
     # --- jobs ---
 
+    def _hold(self, key: PieceKey, progress: Progress) -> None:
+        """Renews the lease of a piece from now on, as long as there is progress."""
+        self._pulse.hold(key, progress)
+        self._reports.put(None)  # `poll` may wait without a limit
+
     def _accept(self, signed: SignedHandle, *, is_source: bool) -> Handle | None:
         """The handle, if this rank may act on it; otherwise it is reported as failed."""
         try:
@@ -203,6 +227,24 @@ class QueuedTransport(ABC):
             self._report("failed", handle.key, reason=f"{reason}, this is {self._place.worker} in {self._place.epoch}")
             return None
         return handle
+
+    def _push_unless_cancelled(
+        self, handle: Handle, signed: SignedHandle, address: Sequence[str], gate: LayerGate | None
+    ) -> None:
+        key = handle.key
+        with self._lock:
+            if key in self._cancelled:  # before its turn: it has settled
+                self._pulse.release(key)
+                return
+            self._pushing = key
+        try:
+            self._push(handle, signed, address, gate)
+        finally:
+            with self._lock:
+                self._pushing = None
+                is_cancelled = key in self._cancelled
+            if is_cancelled:
+                self._checks.submit(lambda: self._settle(key))
 
     def _push(self, handle: Handle, signed: SignedHandle, address: Sequence[str], gate: LayerGate | None) -> None:
         digests = {}
@@ -221,25 +263,24 @@ class QueuedTransport(ABC):
         self._sent(handle.key, digests)
 
     def _computed_layers(self, handle: Handle, route: Route, gate: LayerGate | None) -> LayerGroups:
-        """The layers of a route, each when it may be sent. Raises Stopped. Renews the lease."""
-        reported_at, layers = time.monotonic(), route.layers
+        """The layers of a route, each when it may be sent. Raises Stopped."""
+        layers = route.layers
         at_once = self._layers_at_once(handle, route) if gate is None else 1
         for first in range(0, len(layers), at_once):
-            layer = layers[first]
-            while gate is not None and not self.is_cancelled(handle.key):
-                if (is_open := gate.wait(layer, GATE_SECONDS)) is not None:
+            is_open: bool | None = True
+            while not self.is_cancelled(handle.key):
+                self._num_sent += 1  # also while the step that computes the layer goes on
+                if gate is None or (is_open := gate.wait(layers[first], GATE_SECONDS)) is not None:
                     break
-                self._report("alive", handle.key)
-            if self.is_cancelled(handle.key) or (gate is not None and not is_open):
+            if self.is_cancelled(handle.key) or not is_open:
                 raise Stopped
-            if (now := time.monotonic()) - reported_at > ALIVE_SECONDS:
-                reported_at = now
-                self._report("alive", handle.key)
             yield layers[first : first + at_once]
 
     def _check(self, handle: Handle, digests: Sequence[int]) -> None:
         if self.is_cancelled(handle.key):
+            self._pulse.release(handle.key)
             return
+        self._num_checked += 1
         routes = [route for route in self._place.routes(handle) if route.target == self._place.rank]
         if [self._digest_of(route, handle) for route in routes] == list(digests):
             self._report("received", handle.key)
@@ -250,9 +291,11 @@ class QueuedTransport(ABC):
         """The digest of what a source rank has sent."""
         digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.target.blocks)
         for layer in route.layers:
+            self._num_checked += 1
             for rows in self.pool.rows(layer, span, route.heads):
                 digest = self.copier.digest(rows, digest)
         return digest
 
     def _report(self, kind: ReportKind, key: PieceKey, digests: dict[int, int] | None = None, reason: str = "") -> None:
+        self._pulse.release(key)
         self._reports.put(Report(kind, key, self._place.rank, digests or {}, reason))

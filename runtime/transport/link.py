@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 
 from sageLLM.runtime.transport.channel import answer_challenge
 from sageLLM.runtime.transport.frames import FrameError, Reply, receive_header
-from sageLLM.runtime.transport.sockets import is_idle, limit_waits, shut
+from sageLLM.runtime.transport.sockets import acknowledged_bytes, is_idle, limit_waits, shut
 
 SECONDS = 60.0
 """A connection without progress for so long is closed."""
@@ -51,8 +51,8 @@ class Answers:
 class Link:
     """A connection to one rank. A thread takes the answers, in the order of the pieces.
 
-    An answer has SECONDS from the end of its piece, or from the answer before it. While a piece is being sent only the
-    sender has a limit, as layers that are computed one after another take any time together.
+    An answer has SECONDS from the end of its piece, or from the last progress of the other end. While a piece is being
+    sent only the sender has a limit, as layers that are computed one after another take any time together.
     """
 
     def __init__(self, address: str, key: bytes) -> None:
@@ -69,6 +69,7 @@ class Link:
         self._lock, self._is_open = threading.Lock(), True
         self._is_sending, self._progress_at = False, time.monotonic()
         self._unanswered: deque[Answers] = deque()
+        self._num_answers = self._last_progress = 0
         self._incoming = self.stream.dup()  # each thread closes its own descriptor
         threading.Thread(target=self._run, name="sagellm-kv-answers", daemon=True).start()
 
@@ -76,6 +77,11 @@ class Link:
     def is_open(self) -> bool:
         """Whether pieces can be sent: the receiver has not gone, nor closed the connection as it was idle for long."""
         return self._is_open and (bool(self._unanswered) or is_idle(self.stream))
+
+    @property
+    def progress(self) -> int:
+        """Grows while the other end receives and answers."""
+        return acknowledged_bytes(self._incoming) + self._num_answers
 
     def expect(self, answers: Answers) -> None:
         """The next piece is about to be sent. Raises OSError after the end of the connection."""
@@ -115,7 +121,7 @@ class Link:
                 reply, _ = receive_header(self._incoming)
                 if not isinstance(reply, Reply) or not self._unanswered:
                     raise FrameError("unexpected answer")
-                self._progress_at = time.monotonic()
+                self._num_answers += 1
                 self._unanswered.popleft().take(reply.reason)
         except (FrameError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -129,6 +135,8 @@ class Link:
     def _seconds_left(self) -> float:
         """The time for the next answer. Raises TimeoutError if it is over, and lets no further piece be sent then."""
         with self._lock:
+            if (progress := self.progress) != self._last_progress:
+                self._last_progress, self._progress_at = progress, time.monotonic()
             left = SECONDS if self._is_sending else self._progress_at + SECONDS - time.monotonic()
             self._is_open = self._is_open and left > 0
         if left <= 0:

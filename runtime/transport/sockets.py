@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -13,6 +14,8 @@ from contextlib import suppress
 from itertools import islice
 
 LOG = logging.getLogger("sagellm")
+_BYTES_ACKED = 120
+"""The place of `tcpi_bytes_acked` in Linux's `struct tcp_info`."""
 DISCARDED_BYTES = 2**17
 MAX_PARTS = os.sysconf("SC_IOV_MAX")
 MAX_CONNECTIONS = 256
@@ -91,6 +94,17 @@ def is_idle(stream: socket.socket) -> bool:
     except OSError:
         return False
     return False
+
+
+def acknowledged_bytes(stream: socket.socket) -> int:
+    """The bytes that the other end's system has received; 0 on other systems than Linux and for a closed socket."""
+    if not hasattr(socket, "TCP_INFO"):
+        return 0
+    try:
+        info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_BYTES_ACKED:], sys.byteorder)
 
 
 def shut(stream: socket.socket, how: int = socket.SHUT_RDWR) -> None:

@@ -52,6 +52,8 @@ class TcpTransport(QueuedTransport):
         self._sending: tuple[PieceKey, Link] | None = None
         self._answers = Answers(lambda reason: None)
         self._digests: dict[int, int] = {}
+        self._used: list[Link] = []
+        self._unanswered: dict[PieceKey, list[Link]] = {}
         self._receiver = Receiver(self, place, host, nice)
         super().__init__(place, nice)
 
@@ -69,13 +71,14 @@ class TcpTransport(QueuedTransport):
             link.close()
 
     def _push(self, handle: Handle, signed: SignedHandle, address: Sequence[str], gate: LayerGate | None) -> None:
-        self._digests = {}
+        self._digests, self._used = {}, []
         self._answers = Answers(partial(self._answered, handle.key, self._digests))
         super()._push(handle, signed, address, gate)
 
     def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
         link = self._link(address)
         self._sending = handle.key, link
+        self._used.append(link)
         digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
         try:
             link.expect(self._answers)
@@ -95,15 +98,23 @@ class TcpTransport(QueuedTransport):
 
     def _sent(self, key: PieceKey, digests: dict[int, int]) -> None:
         self._digests.update(digests)
+        self._unanswered[key] = self._used
         self._answers.take()
 
     def _answered(self, key: PieceKey, digests: dict[int, int], reason: str | None) -> None:
+        self._unanswered.pop(key, None)
         if self.is_cancelled(key):
             return  # `cancel` reports it
         if reason is None:
             self._report("pushed", key, digests=digests)
         else:
             self._report("failed", key, reason=reason)
+
+    def _push_progress(self, key: PieceKey) -> object:
+        """Of its connections if the piece has been sent; otherwise of the pieces before it, and of what is sent now."""
+        if (links := self._unanswered.get(key)) is not None:
+            return sum(link.progress for link in links)
+        return self._num_sent, sum(link.progress for link in list(self._used))
 
     def _layers_at_once(self, handle: Handle, route: Route) -> int:
         span = self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 
 import msgspec
 
@@ -22,7 +24,7 @@ from sageLLM.runtime.worker.build import WorkerSpec, build_executor
 from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.fingerprint import fingerprint
 from sageLLM.runtime.worker.io_report import IoReport
-from sageLLM.runtime.worker.kv_group import CancelKV, CheckKV, KVPort, PushKV
+from sageLLM.runtime.worker.kv_group import CancelKV, CheckKV, KVCommand, KVPort, PushKV
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.ranks import join_ranks
 from sageLLM.runtime.worker.step_gate import StepCounter
@@ -78,7 +80,8 @@ class IoReported(msgspec.Struct, tag="io_reported", frozen=True):
 
 
 Reply = Ready | Refused | Done | Failed | Report | IoReported
-Command = Reset | Run | ReportIo | PushKV | CheckKV | CancelKV
+OrderCommand = Reset | Run | ReportIo
+Command = OrderCommand | KVCommand
 
 
 def run(spec: WorkerSpec, descriptor: int) -> None:
@@ -137,9 +140,7 @@ def serve(
     returns_results: bool,
 ) -> None:
     """Executes commands until the connection is closed (EOFError) or an order fails."""
-    decoder = msgspec.msgpack.Decoder(Command)
-    while True:
-        command = decoder.decode(connection.recv_bytes())
+    for command in received(connection, port):
         if isinstance(command, Reset):
             executor.reset()
         elif isinstance(command, ReportIo):
@@ -158,8 +159,35 @@ def serve(
                 steps.end()
             if returns_results:
                 replies.send(Done(results))
-        elif port is not None:
-            port.handle(command)
+
+
+def received(connection: Connection, port: KVPort | None) -> Iterator[OrderCommand]:
+    """The commands for the thread that executes orders; ends with EOFError when the connection is closed.
+
+    Those for the port are handled at once, in a thread: a copy must begin and stop while a long step is computed.
+    """
+    if port is None:
+        decoder = msgspec.msgpack.Decoder(OrderCommand)
+        while True:
+            yield decoder.decode(connection.recv_bytes())
+    commands: SimpleQueue[OrderCommand | BaseException] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, port, commands), name="sagellm-commands", daemon=True).start()
+    while not isinstance(command := commands.get(), BaseException):
+        yield command
+    raise command
+
+
+def _receive(connection: Connection, port: KVPort, commands: SimpleQueue[OrderCommand | BaseException]) -> None:
+    decoder = msgspec.msgpack.Decoder(Command)
+    try:
+        while True:
+            command = decoder.decode(connection.recv_bytes())
+            if isinstance(command, PushKV | CheckKV | CancelKV):
+                port.handle(command)
+            else:
+                commands.put(command)
+    except BaseException as error:
+        commands.put(error)
 
 
 _NO_MEMORY = ("allocate memory", "cannot allocate ", "bad_alloc")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from sageLLM.runtime.transport import link, tcp
+from sageLLM.runtime.transport import link, pulse, tcp
 from sageLLM.runtime.transport.base import KVTransport, Place, Report
 from sageLLM.runtime.transport.channel import answer_challenge, challenge
 from sageLLM.runtime.transport.frames import End as PieceEnd
@@ -416,6 +416,69 @@ def test_a_cancelled_piece_stops_between_two_layers(make_group: MakeGroup) -> No
     assert not torch.equal(after[0], group.pools[1][0].keys[0])
 
 
+def test_a_queue_behind_a_piece_lives_as_long_as_the_piece_goes_on(
+    make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "ALIVE_SECONDS", 0.02)
+    group, gate = make_group(), Closed()
+    source, handles = group.ends[0][0], [group.handle(0, 8, attempt) for attempt in range(3)]
+    source.push(sign(handles[0], KEY), group.addresses(), gate)
+    for handle in handles[1:]:
+        source.push(sign(handle, KEY), group.addresses())
+    for _ in range(2):
+        gate.waiting.acquire()
+        await_alive(source, {0, 1, 2})
+        await_silence(source)
+        gate.steps.release()
+    source.cancel(handles[1].key)
+    (report,) = reports_of(source)
+    assert (report.kind, report.key.attempt) == ("stopped", 1), "the piece before it has not ended"
+    for _ in range(LAYERS):
+        gate.steps.release()
+    found = reports_of(source)
+    while len(found) < 2:
+        found += reports_of(source)
+    assert [(one.kind, one.key.attempt) for one in found] == [("pushed", 0), ("pushed", 2)]
+
+
+def await_alive(end: KVTransport, attempts: set[int]) -> None:
+    """Waits until each of these pieces has shown life."""
+    deadline, found = time.monotonic() + SECONDS, set[int]()
+    while not attempts <= found:
+        assert time.monotonic() < deadline, found
+        found |= {one.key.attempt for one in end.poll(0.1) if one.kind == "alive"}
+
+
+def await_silence(end: KVTransport) -> None:
+    """Waits until no piece shows life for many intervals."""
+    deadline = time.monotonic() + SECONDS
+    while end.poll(0.3):
+        assert time.monotonic() < deadline
+
+
+def test_a_piece_lives_while_its_bytes_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a link that passes little and then nothing; all has been written to the socket before."""
+    monkeypatch.setattr(pulse, "ALIVE_SECONDS", 0.02)
+    group = Group("tcp")
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            address = "{}:{}".format(*listener.getsockname())
+            for attempt in range(40):
+                group.ends[0][0].push(sign(group.handle(0, 32, attempt), KEY), [address])
+            stream, _ = listener.accept()
+        with stream:
+            stream.settimeout(SECONDS)
+            with Connection(os.dup(stream.fileno())) as connection:
+                challenge(connection, KEY)
+            for _ in range(3):
+                await_silence(group.ends[0][0])  # the buffers are full
+                discard(stream, 2**16)
+                await_alive(group.ends[0][0], set(range(40)))
+    finally:
+        group.close()
+
+
 def test_pieces_are_sent_before_earlier_ones_are_answered() -> None:
     group = Group("tcp")
     try:
@@ -433,7 +496,7 @@ def test_pieces_are_sent_before_earlier_ones_are_answered() -> None:
                 header, num_bytes = receive_header(stream)
                 discard(stream, num_bytes)
                 num_ends += isinstance(header, PieceEnd)
-            assert group.ends[0][0].poll(0.0) == []
+            assert all(one.kind == "alive" for one in group.ends[0][0].poll(0.0))
             send_header(stream, Reply())
             send_header(stream, Reply("no"))
             reports = [one for _ in range(2) for one in reports_of(group.ends[0][0])]
