@@ -3,8 +3,8 @@
     python tests/conformance/run.py [--only NAME ...] [--environments .venv-conformance]
 
 installs what is missing, starts `sagellm serve` on a free port of 127.0.0.1, runs the checks and prints their results.
-The checkpoint is the bundled one with further end-of-sequence tokens, so that answers of a model without instruction
-tuning end. Exit code 1 if a check fails.
+The checkpoint is the bundled one; for most checks with further end-of-sequence tokens, so that answers of a model
+without instruction tuning end. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ class Check:
 
     `{url}` and `{model}` are replaced.
     `expected` are the failures of a suite that are accepted, with the reason.
+    `has_ends` is false for a comparison with the bundled checkpoint as it is.
     """
 
     packages: tuple[str, ...]
     command: tuple[str, ...]
     expected: dict[str, str] | None = None
+    has_ends: bool = True
 
 
 IMAGES = "only texts are served"
@@ -55,8 +57,8 @@ def comply(kind: str, **expected: str) -> Check:
     return Check(("llm-comply",), arguments, {name.replace("_", " "): why for name, why in expected.items()})
 
 
-def script(name: str, *packages: str, arguments: tuple[str, ...] = ("{url}",)) -> Check:
-    return Check(packages, ("python", str(HERE / name), *arguments))
+def script(name: str, *packages: str, arguments: tuple[str, ...] = ("{url}",), has_ends: bool = True) -> Check:
+    return Check(packages, ("python", str(HERE / name), *arguments), has_ends=has_ends)
 
 
 TORCH = "torch==2.13.0"
@@ -71,7 +73,9 @@ CHECKS = {
     "openai-agents": script("with_openai_agents.py", "openai-agents"),
     "pydantic-ai": script("with_pydantic_ai.py", "pydantic-ai-slim"),
     "langchain": script("with_langchain.py", "langchain-openai"),
-    "lm-eval": script("with_lm_eval.py", TORCH, "lm-eval", "transformers", arguments=("{url}", "{model}")),
+    "lm-eval": script(
+        "with_lm_eval.py", TORCH, "lm-eval", "transformers", arguments=("{url}", "{model}"), has_ends=False
+    ),
     "boards": script("with_boards.py", "promql-parser", "prometheus-client", arguments=("{url}", VLLM)),
     "schemathesis": Check(("schemathesis",), SCHEMATHESIS),
     "guidellm": script("with_guidellm.py", TORCH, "guidellm", arguments=("{url}", "{model}")),
@@ -150,26 +154,31 @@ def run(name: str, check: Check, programs: Path, url: str, model: Path) -> str |
     return None if passed else "no test has passed"
 
 
+def passes(name: str, url: str, environments: Path) -> bool:
+    """Runs a check up to NUM_TRIES times, and prints its result."""
+    check, pinned = CHECKS[name], pins()
+    folder = "llm-comply" if name.startswith("llm-comply") else name
+    programs = environment(environments / folder, tuple(pinned.get(one, one) for one in check.packages))
+    for _ in range(NUM_TRIES):
+        if (reason := run(name, check, programs, url, MODEL)) is None:
+            break
+    print(f"{name}: {'passed' if reason is None else reason}", flush=True)
+    return reason is None
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=list(CHECKS))
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-conformance")
     options = parser.parse_args(arguments)
-    num_failed, pinned = 0, pins()
+    num_failed = 0
     with tempfile.TemporaryDirectory() as name:
-        model = Path(name, "model")
-        write_checkpoint(model)
-        with server(model) as url:
-            for name in options.only:
-                check = CHECKS[name]
-                folder = "llm-comply" if name.startswith("llm-comply") else name
-                packages = tuple(pinned.get(one, one) for one in check.packages)
-                programs = environment(options.environments / folder, packages)
-                for _ in range(NUM_TRIES):
-                    if (reason := run(name, check, programs, url, MODEL)) is None:
-                        break
-                num_failed += reason is not None
-                print(f"{name}: {'passed' if reason is None else reason}", flush=True)
+        with_ends = Path(name, "model")
+        write_checkpoint(with_ends)
+        for has_ends in (True, False):
+            if names := [one for one in options.only if CHECKS[one].has_ends == has_ends]:
+                with server(with_ends if has_ends else MODEL) as url:
+                    num_failed += sum(not passes(one, url, options.environments) for one in names)
     return int(num_failed > 0)
 
 
