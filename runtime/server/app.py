@@ -30,7 +30,7 @@ from sageLLM.runtime.server.bodies import (
     decode_body,
     load_json,
 )
-from sageLLM.runtime.server.errors import ApiError, as_api_error, encode_error
+from sageLLM.runtime.server.errors import ApiError, as_api_error, encode_error, renamed
 from sageLLM.runtime.server.exchange import Buffers, ClientGoneError, Exchange, Message, Receive, Scope, Send
 from sageLLM.runtime.server.gate import Gate, request_id_of
 from sageLLM.runtime.server.openapi import openapi
@@ -41,6 +41,21 @@ LOG = logging.getLogger("sagellm")
 NUM_BODIES = 16
 """Bodies of the largest size that may be received at the same time."""
 
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "/v1/chat/completions": {"prompt": "messages"},
+    "/v1/responses": {
+        "prompt": "input",
+        "messages": "input",
+        "response_format": "text",
+        "max_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning",
+    },
+    "/v1/messages": {"prompt": "messages", "response_format": "output_config", "stop": "stop_sequences"},
+    "/v1/messages/count_tokens": {"prompt": "messages"},
+    "/v1/embeddings": {"prompt": "input"},
+}
+"""The names of fields in a route's body, by those of completions and chats."""
+
 B = TypeVar("B")
 Generate = Callable[[Service, Exchange, B, Ticket], Awaitable[None]]
 Answer = Callable[[Service, Exchange, B], Awaitable[None]]
@@ -48,10 +63,13 @@ Simple = Callable[[Exchange], Awaitable[None]]
 
 
 class Endpoint:
-    """An ASGI application for one route: runs the handler, and turns its exceptions into error objects."""
+    """An ASGI application for one route: runs the handler, and turns its exceptions into error objects.
 
-    def __init__(self, service: Service, handle: Simple) -> None:
-        self._service, self._handle = service, handle
+    Handlers share code, so `names` has the route's names of fields that have another one there.
+    """
+
+    def __init__(self, service: Service, handle: Simple, names: Mapping[str, str]) -> None:
+        self._service, self._handle, self._names = service, handle, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
@@ -62,7 +80,7 @@ class Endpoint:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            api_error = as_api_error(error)
+            api_error = renamed(as_api_error(error), self._names)
             if api_error.status == 500:
                 known = isinstance(error, ApiError | RuntimeError)
                 LOG.error("request %s failed", exchange.request_id, exc_info=None if known else error)
@@ -89,10 +107,10 @@ class Router:
 
     def routes(self) -> list[Route]:
         def post(path: str, handle: Simple) -> Route:
-            return Route(path, Endpoint(self.service, handle), methods=["POST"])
+            return Route(path, Endpoint(self.service, handle, NAMES.get(path, {})), methods=["POST"])
 
         def get(path: str, handle: Simple) -> Route:
-            return Route(path, Endpoint(self.service, handle), methods=["GET"])
+            return Route(path, Endpoint(self.service, handle, {}), methods=["GET"])
 
         return [
             *(post(path, handle) for path, handle in self.queued.items()),
@@ -106,7 +124,7 @@ class Router:
             get("/livez", self.livez),
             get("/readyz", self.readyz),
             get("/health", self.health),
-            Route("/ping", Endpoint(self.service, self.health), methods=["GET", "POST"]),
+            Route("/ping", Endpoint(self.service, self.health, {}), methods=["GET", "POST"]),
             get("/openapi.json", self.openapi),
             *(get(path, handle) for path, handle in page_routes().items()),
         ]

@@ -52,7 +52,7 @@ async def prepare(
     params = chat_params(body, service.defaults, service.settings.max_logprobs)
     service.admission.claim(ticket, params.n, num_chars(body.messages) // CHARS_PER_TOKEN)
     if not use.is_forced:
-        await service.check_grammar(params)
+        await service.check_grammar(params, body)
     text, ids = await render_chat(
         service.chat,
         body.messages,
@@ -67,7 +67,7 @@ async def prepare(
     check_length(len(ids), params.max_tokens, service.ready, param)
     constrained = service.constrain(params, use, text)  # depends on the prompt, which may have opened reasoning
     if constrained is not params:
-        await service.check_grammar(constrained)
+        await service.check_grammar(constrained, body)
     return EnginePrompt(text, ids, constrained, service.kept_ids(use))
 
 

@@ -41,7 +41,7 @@ async def prepare(service: Service, body: CompletionBody, ticket: Ticket) -> lis
     sources = completion_prompts(body.prompt)
     params = completion_params(body, service.defaults, service.settings.max_logprobs)
     service.admission.claim(ticket, len(sources) * params.n, estimated_tokens(sources, CHARS_PER_TOKEN))
-    await service.check_grammar(params)
+    await service.check_grammar(params, body)
     prompts = []
     for source in sources:
         ids = await tokenize(service.tokenizer, source, body.add_special_tokens, body.truncate_prompt_tokens)

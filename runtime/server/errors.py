@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sageLLM.runtime.errors import EngineError, RequestError, SageError
+from sageLLM.runtime.errors import EngineError, RequestError, SageError, TokenizerError
 
 TYPES = {
     400: "BadRequestError",
@@ -55,12 +55,25 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case RequestError(param=param):
             return ApiError(400, str(error), param)
+        case TokenizerError():  # of the request's text; the checkpoint's files were read at the start
+            return ApiError(400, str(error), "prompt")
         case SageError():
             return ApiError(400, str(error))
         case EngineError():
             return ApiError(500, str(error))
         case _:
             return ApiError(500, f"internal error: {type(error).__name__}")
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The error with the name that the field has in the request; `names` are those of the request by ours."""
+    field = (error.param or "").partition("[")[0].partition(".")[0]
+    if (name := names.get(field)) is None:
+        return error
+    if error.param == field and error.message.startswith(field):
+        error.message = name + error.message.removeprefix(field)
+    error.param = name
+    return error
 
 
 def encode_error(error: ApiError, kind: str | None = None) -> bytes:

@@ -26,6 +26,8 @@ class ChunkWriter(Protocol):
     def write(self, data: bytes) -> None: ...
 
 
+EVENTS = "text/event-stream; charset=utf-8"
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
 ANTHROPIC = "/v1/messages"
 
@@ -65,6 +67,9 @@ class Exchange:
         self._kind = error_kind(scope)
         self._watcher: asyncio.Task[None] | None = None
         self.writer: ChunkWriter | None = scope["state"].pop("chunk_writer", None)
+        self._held: list[bytes] | None = None
+        if scope.get("http_version") == "1.0":  # which has no chunks: a stream is sent as a whole
+            self.writer, self._held = None, []
 
     def header(self, name: bytes) -> str | None:
         return header_of(self.scope, name)
@@ -138,8 +143,8 @@ class Exchange:
         await self.end_stream()
 
     async def start_stream(self) -> None:
-        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
-        await self._start(200, "text/event-stream; charset=utf-8", headers)
+        if self._held is None:
+            await self._start(200, EVENTS, STREAM_HEADERS.items())
         self.is_streaming = True
 
     async def write(self, data: bytes) -> None:
@@ -147,9 +152,15 @@ class Exchange:
         if self.writer is not None and self.writer.is_ready:
             self.writer.write(data)
             return
+        if self._held is not None:
+            self._held.append(data)
+            return
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end_stream(self) -> None:
+        if self._held is not None:
+            await self.respond(200, b"".join(self._held), EVENTS, STREAM_HEADERS)
+            return
         await self._send({"type": "http.response.body", "body": b""})
         self.is_answered = True
 

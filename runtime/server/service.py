@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,7 +23,7 @@ from sageLLM.runtime.core.dialects.parser import DialectParser
 from sageLLM.runtime.engine.chat import ChatPrompts
 from sageLLM.runtime.engine.requests import check_kv_room, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
-from sageLLM.runtime.errors import ChatTemplateError, SageError
+from sageLLM.runtime.errors import ChatTemplateError, RequestError, SageError
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.loader.sentence_transformers import EmbeddingRecipe, model_folder, read_recipe
 from sageLLM.runtime.registry.plugins import load_dialects
@@ -39,6 +40,7 @@ from sageLLM.runtime.server.metrics import Metrics
 from sageLLM.runtime.server.output_parser import CallParser, FormParser, OutputParser, PlainParser
 from sageLLM.runtime.server.prompts import EnginePrompt
 from sageLLM.runtime.server.settings import ServerSettings
+from sageLLM.runtime.server.structured import FORMAT
 from sageLLM.runtime.server.tools import ToolUse, forced_calls
 from sageLLM.runtime.server.tracing import Tracing, make_tracing
 from sageLLM.runtime.text.tokenizer import Tokenizer, start_probe
@@ -178,11 +180,17 @@ class Service:
         exchange.watch_client(lambda: generation.inbox.fail(ClientGoneError()))
         return generation
 
-    async def check_grammar(self, params: SamplingParams) -> None:
+    async def check_grammar(self, params: SamplingParams, body: Sampled) -> None:
         """Compiles a grammar before the request is queued. Raises RequestError for one that cannot be enforced."""
-        if params.structured_outputs is not None and self.grammars is not None:
+        if params.structured_outputs is None or self.grammars is None:
+            return
+        try:
             # In a thread: the first one prepares the vocabulary, and large schemas take milliseconds.
             await asyncio.to_thread(self.grammars.check, params.structured_outputs, self.eos_ids)
+        except RequestError as error:
+            if body.response_format is None or error.param != "structured_outputs":
+                raise
+            raise RequestError(re.sub(r"^structured_outputs\.\w+", FORMAT, str(error)), FORMAT) from None
 
     def make_parser(self, tools: ToolUse, prompt: EnginePrompt) -> OutputParser:
         """The parser of a chat answer, by the dialects of the checkpoint; calls are text unless there are tools.

@@ -8,6 +8,7 @@ from typing import Any
 from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 from sageLLM.runtime.server.errors import ApiError
 
+FORMAT = "response_format"
 FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 
 
@@ -45,4 +46,4 @@ def of_format(form: Mapping[str, Any] | None) -> StructuredOutputsParams | None:
 
 
 def _error(message: str) -> ApiError:
-    return ApiError(400, message, "response_format")
+    return ApiError(400, message, FORMAT)

@@ -40,14 +40,18 @@ class Check:
     `{url}` and `{model}` are replaced.
     `expected` are the failures of a suite that are accepted, with the reason.
     `has_ends` is false for a comparison with the bundled checkpoint as it is.
+    `unwanted` are builds for CUDA that come with a dependency and do not load next to a CPU build of torch.
     """
 
     packages: tuple[str, ...]
     command: tuple[str, ...]
     expected: dict[str, str] | None = None
     has_ends: bool = True
+    unwanted: tuple[str, ...] = ()
 
 
+TORCH = "torch==2.13.0"
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 IMAGES = "only texts are served"
 MODEL_IS_OPTIONAL = "a body without a model is served, as by vLLM"
 
@@ -58,10 +62,10 @@ def comply(kind: str, **expected: str) -> Check:
 
 
 def script(name: str, *packages: str, arguments: tuple[str, ...] = ("{url}",), has_ends: bool = True) -> Check:
-    return Check(packages, ("python", str(HERE / name), *arguments), has_ends=has_ends)
+    unwanted = UNWANTED if TORCH in packages else ()
+    return Check(packages, ("python", str(HERE / name), *arguments), has_ends=has_ends, unwanted=unwanted)
 
 
-TORCH = "torch==2.13.0"
 VLLM = "0.32.0"
 SCHEMATHESIS = ("schemathesis", "run", "{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "50")
 CHECKS = {
@@ -93,8 +97,8 @@ def pins() -> dict[str, str]:
     return {re.split(r"[\[=]", one)[0]: one.partition(";")[0] for one in extra}
 
 
-def environment(folder: Path, packages: tuple[str, ...]) -> Path:
-    """The folder of the programs of an environment with the packages."""
+def environment(folder: Path, packages: tuple[str, ...], unwanted: tuple[str, ...]) -> Path:
+    """The folder of the programs of an environment with the packages, without the unwanted ones."""
     mark = folder / "packages.json"
     if not mark.exists() or json.loads(mark.read_text()) != list(packages):
         print(f"installing {', '.join(packages)} in {folder}", flush=True)
@@ -102,6 +106,10 @@ def environment(folder: Path, packages: tuple[str, ...]) -> Path:
         for package in packages:  # torch first, so that its CPU build is kept
             command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", package]
             subprocess.run(command, check=True)
+        if unwanted:
+            subprocess.run(
+                [folder / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted], check=True
+            )
         mark.write_text(json.dumps(packages))
     return folder / "bin"
 
@@ -158,7 +166,8 @@ def passes(name: str, url: str, environments: Path) -> bool:
     """Runs a check up to NUM_TRIES times, and prints its result."""
     check, pinned = CHECKS[name], pins()
     folder = "llm-comply" if name.startswith("llm-comply") else name
-    programs = environment(environments / folder, tuple(pinned.get(one, one) for one in check.packages))
+    packages = tuple(pinned.get(one, one) for one in check.packages)
+    programs = environment(environments / folder, packages, check.unwanted)
     for _ in range(NUM_TRIES):
         if (reason := run(name, check, programs, url, MODEL)) is None:
             break

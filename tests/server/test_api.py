@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import httpx2
@@ -205,6 +206,60 @@ def test_invalid_completions(server: TestServer, body: dict[str, Any], param: st
     error = error_of(server.post("/v1/completions", body), 400)
     assert error["param"] == param and text.replace("`int", "int") in error["message"], error
     assert error["type"] == "BadRequestError"
+
+
+USER = [{"role": "user", "content": "a"}]
+UNIQUE = {"type": "json_schema", "name": "a", "schema": {"uniqueItems": True}}
+LONG = "a" * 40_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "text"),
+    [
+        ("/v1/completions", {"prompt": LONG}, "prompt", "the text must have at most 32768 characters"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages", "the text must have"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages", "at least one token"),
+        (
+            "/v1/chat/completions",
+            {"messages": USER, "response_format": {"type": "json_schema", "json_schema": UNIQUE}},
+            "response_format",
+            "response_format: the keyword 'uniqueItems'",
+        ),
+        ("/v1/responses", {"input": []}, "input", "input must have at least one message"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens must be"),
+        ("/v1/responses", {"input": "a", "text": {"format": UNIQUE}}, "text", "text: the keyword 'uniqueItems'"),
+        (
+            "/v1/messages",
+            {"messages": USER, "max_tokens": 1, "stop_sequences": [""]},
+            "stop_sequences",
+            "_sequences[0]",
+        ),
+        (
+            "/v1/messages",
+            {"messages": USER, "max_tokens": 1, "output_config": {"format": UNIQUE}},
+            "output_config",
+            "output_config: the keyword 'uniqueItems'",
+        ),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input", "non-empty"),
+    ],
+)
+def test_errors_name_fields_as_their_route_does(
+    server: TestServer, path: str, body: dict[str, Any], param: str, text: str
+) -> None:
+    response = server.post(path, body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param) and text in error["message"], error
+
+
+def test_a_stream_over_http_1_0_is_sent_as_a_whole(server: TestServer) -> None:
+    """That version has no chunks."""
+    host, port = server.url.removeprefix("http://").split(":")
+    data = b'{"prompt": [7], "max_tokens": 3, "stream": true}'
+    with socket.create_connection((host, int(port)), timeout=30) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.0\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+        head, _, body = b"".join(iter(lambda: raw.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head and b"content-length: %d" % len(body) in head
+    assert body.endswith(b"data: [DONE]\n\n") and all(line.startswith(b"data: ") for line in body.split(b"\n\n")[:-1])
 
 
 def test_invalid_chats_and_routes(server: TestServer) -> None:
