@@ -90,11 +90,16 @@ lint: $(TEST_READY) ## Check lint and format with ruff and clang-format, and the
 types: $(TEST_READY) ## Check types with mypy --strict
 	$(BIN)/mypy -p sageLLM
 
-sanitize: sanitize-threads $(TEST_READY) ## Run the CPU kernels' tests with the address, undefined-behaviour and thread sanitizers
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+SANITIZE = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 SAGELLM_COMPILE_TIMEOUT=600 \
 	SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+sanitize: sanitize-threads sanitize-gemms $(TEST_READY) ## Run the CPU kernels' tests with the address, undefined-behaviour and thread sanitizers
+	$(SANITIZE) tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
+
+sanitize-gemms: $(TEST_READY) ## Run the tests of GEMMs and of caches of codes with the address and undefined-behaviour sanitizers
+	$(SANITIZE) tests/kernels/test_cpu_gemm.py tests/kernels/test_coded_gemm.py tests/kernels/test_kv_codes.py
 
 # Only the kernels and the runner are instrumented. Without address randomisation, for which the sanitizer of gcc 12 has no
 # room, and with threads after a fork, which one test makes.

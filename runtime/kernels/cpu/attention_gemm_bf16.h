@@ -6,23 +6,13 @@
 // same.
 #pragma once
 
-#include "attention_gemm_f32.h"
+#include "attention_few_rows.h"
 
 #if defined(__AVX512BF16__)
 namespace sage {
 
-const __m512i FIRST_LANES = {0, 1, 8, 9, 2, 3, 10, 11}, LAST_LANES = {4, 5, 12, 13, 6, 7, 14, 15};
-
 // A weight rounded to the nearest bf16, ties up, as the bits of a float32.
 inline Bits upper_half(Floats weight) { return (bits_of<Bits>(weight) + 0x8000) & 0xffff0000; }
-
-// The mask of the 32 elements from `at` on that a row of `length` elements has.
-inline __mmask32 active_lanes(int64_t at, int64_t length) {
-    return length - at < DEPTH ? (1u << (length - at)) - 1 : ~0u;
-}
-
-// 32 elements, zero outside of the mask.
-inline __m512i load_pairs(__mmask32 columns, const bf16* row) { return _mm512_maskz_loadu_epi16(columns, row); }
 
 // The distance between consecutive rows if 16 rows are equally spaced, else 0.
 inline int64_t uniform_stride(const bf16* const* row) {
@@ -41,8 +31,9 @@ class PairGemms {
         : microkernel_(select_microkernel<bf16, bf16, MAX_ROWS, MAX_PANELS, 4, 2>()), scope_(microkernel_), rows_(rows),
           key_width_(key_width), value_width_(value_width), depth_(round_up(key_width, DEPTH)),
           panels_(round_up(value_width, PANEL) / PANEL), is_tiled_(microkernel_.row_step == BLOCK),
-          uses_keys_in_place_(is_tiled_ && rows <= BLOCK), weight_row_(is_tiled_ ? DEPTH : KEYS),
-          weight_step_(is_tiled_ ? BLOCK : 1) {
+          uses_keys_in_place_(is_tiled_ && rows <= BLOCK),
+          has_few_rows_(!is_tiled_ && rows <= few_rows::MAX_ROWS && panels_ % 2 == 0),
+          weight_row_(is_tiled_ ? DEPTH : KEYS), weight_step_(is_tiled_ ? BLOCK : 1) {
         const int64_t padded = round_up(rows, BLOCK);
         scores_ = scratch<float>(Scratch::ATTENTION_FLOATS, 2 * BLOCK * KEYS + 2 * MAX_SUMS);
         block_sums_ = scores_ + 2 * BLOCK * KEYS;
@@ -63,6 +54,7 @@ class PairGemms {
     }
 
     void pack_keys(const bf16* const* row, RowPrefetch ahead) {
+        if (has_few_rows_) return few_keys_ = {row, ahead, key_width_}, void();
         for (int64_t key = 0; key < KEYS; key += PANEL)
             if (uses_keys_in_place_)
                 locate_keys(key, row + key);
@@ -73,6 +65,7 @@ class PairGemms {
 
     // A pair has two keys that are 16 apart, as has a pair of weights: store_weights then needs no shuffle.
     void pack_values(const bf16* const* row, RowPrefetch ahead) {
+        if (has_few_rows_) return few_values_ = {row, ahead, value_width_}, void();
         for (int64_t p = 0; p < panels_; p += 2) {
             const __mmask32 columns = active_lanes(p * PANEL, value_width_);
             bf16* target = packed_values_ + p * PANEL * KEYS;
@@ -90,6 +83,7 @@ class PairGemms {
 
     void multiply_keys(int64_t block, int64_t first, int64_t count) {
         float* scores = scores_of(block);
+        if (has_few_rows_) return few_rows::keys_of(count, few_rows::Rows{})(scores, queries_, depth_, few_keys_);
         if (!is_tiled_)
             return Tiles::multiply(scores, queries_ + first * depth_, count, depth_, packed_keys_, KEYS / PANEL);
         if (!uses_keys_in_place_)
@@ -117,6 +111,10 @@ class PairGemms {
         store(factors, Block{0}, rescale);
         const int64_t width = panels_ * PANEL;
         const bf16 *upper = weights_of(block), *lower = upper + BLOCK * KEYS;
+        if (has_few_rows_) {
+            const few_rows::Values add = few_rows::values_of(count, width, few_rows::Rows{});
+            return add(sums, width, factors, upper, lower, few_values_);
+        }
         if (is_tiled_) rescale_rows(count, rescale, sums, width);
         for (int64_t p = 0; p < panels_; p += MAX_PANELS) {
             const int64_t panels = minimum(panels_ - p, MAX_PANELS);
@@ -144,11 +142,12 @@ class PairGemms {
     const Microkernel<bf16>& microkernel_;
     const MicrokernelScope<bf16> scope_;
     const int64_t rows_, key_width_, value_width_, depth_, panels_;
-    const bool is_tiled_, uses_keys_in_place_;
+    const bool is_tiled_, uses_keys_in_place_, has_few_rows_;
     const int64_t weight_row_, weight_step_;  // the layout of prepared weights, which depends on the microkernel
     float *scores_, *block_sums_;
     bf16 *queries_, *packed_keys_, *weights_, *packed_values_;
     Rows keys_[KEYS / PANEL];  // 16 keys each, if they are used in place
+    few_rows::Operand few_keys_{}, few_values_{};
 
     bf16* weights_of(int64_t block) const { return weights_ + block % 2 * 2 * BLOCK * KEYS; }
 

@@ -24,6 +24,7 @@ inline Floats load_padded(const Element* row, int64_t at, int64_t length) {
 // a core has few buffers for lines that are on their way, and loses or delays the rest of many prefetches at once.
 class RowPrefetch {
   public:
+    RowPrefetch() : row_(nullptr), end_(nullptr), bytes_(0) {}
     template <class Stored>
     RowPrefetch(const Stored* const* row, int64_t width)
         : row_((const char* const*)row), end_(row_ + KEYS), bytes_(width * (int64_t)sizeof(Stored)) {}
@@ -37,11 +38,15 @@ class RowPrefetch {
     }
     void rest() { lines(INT64_MAX); }
 
+    // The line of a row at some bytes, in the caller's order.
+    void line(int64_t row, int64_t at) const { __builtin_prefetch(row_[row] + at); }
+    int64_t row_bytes() const { return bytes_; }
+
     static constexpr int64_t LINE = 64;
 
   private:
-    const char *const *row_, *const *const end_;
-    const int64_t bytes_;
+    const char *const *row_, *const *end_;
+    int64_t bytes_;
     int64_t at_ = 0;
 };
 

@@ -37,12 +37,43 @@ inline void exchange_rows(Floats* row) {
         row[i + WIDTH] = pair.high;
     }
 }
+#if defined(__AVX512F__)
+// Exchanges of words within and between parts of four lanes, which take half the time of general permutations.
+inline void transpose(Floats* row) {
+    __m512 pair[LANES], four[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        pair[i] = _mm512_unpacklo_ps((__m512)row[i], (__m512)row[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_ps((__m512)row[i], (__m512)row[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const __m512d a = (__m512d)pair[i + j], b = (__m512d)pair[i + 2 + j];
+            four[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+            four[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {  // `four[4 * i + j]` has lanes j, 4 + j, 8 + j and 12 + j of rows 4 * i to 4 * i + 3
+        const __m512 even = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
+        const __m512 odd = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);
+        const __m512 last_even = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
+        const __m512 last_odd = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xdd);
+        row[j] = (Floats)_mm512_shuffle_f32x4(even, last_even, 0x88);
+        row[4 + j] = (Floats)_mm512_shuffle_f32x4(odd, last_odd, 0x88);
+        row[8 + j] = (Floats)_mm512_shuffle_f32x4(even, last_even, 0xdd);
+        row[12 + j] = (Floats)_mm512_shuffle_f32x4(odd, last_odd, 0xdd);
+    }
+}
+#else
 inline void transpose(Floats* row) {
     exchange_rows<8>(row);
     exchange_rows<4>(row);
     exchange_rows<2>(row);
     exchange_rows<1>(row);
 }
+#endif
 
 // The maximum as one instruction: returns the second operand if either is NaN.
 #if defined(__AVX512F__)
