@@ -69,9 +69,8 @@ inline void gemm_prepared(const Microkernel<Element, Weight>& microkernel, const
                           const GemmArgs<Element, Weight>& args, const void* prepared, Range rows, Range columns,
                           Epilogue&& epilogue) {
     const int64_t size = args.column_bytes(), steps = round_up(args.K, DEPTH) / DEPTH;
-    const bool is_narrow = rows.count() <= microkernel.narrow_rows;
-    const int64_t width = (is_narrow ? microkernel.narrow_panels : microkernel.panels) / args.gates;
-    const int64_t heights = (rows.count() + microkernel.rows - 1) / microkernel.rows;
+    const BlockShape& shape = microkernel.shape(rows.count());
+    const int64_t width = shape.panels / args.gates, heights = (rows.count() + shape.rows - 1) / shape.rows;
     const int64_t fitting = tuning.chunk_bytes / (size * width) > 1 ? tuning.chunk_bytes / (size * width) : 1;
     const int64_t chunk = width * minimum(heights, fitting);
     alignas(64) float sums[MAX_SUMS];
@@ -98,7 +97,7 @@ inline void gemm_range(const Microkernel<Element, Weight>& microkernel, const Tu
                        const GemmArgs<Element, Weight>& args, Range rows, Range columns, RowOf&& row_of,
                        Epilogue&& epilogue) {
     const int64_t row_bytes = round_up(args.K, DEPTH) * microkernel.x_element_size;
-    const int64_t fitting = round_up(tuning.prepared_bytes / row_bytes + 1, microkernel.rows);
+    const int64_t fitting = round_up(tuning.prepared_bytes / row_bytes + 1, microkernel.shape(rows.count()).rows);
     const int64_t parts = (rows.count() + fitting - 1) / fitting;
     for (int64_t part = 0; part < parts; ++part) {
         const Range range = split_range(rows.count(), microkernel.row_step, part, parts);

@@ -6,10 +6,10 @@
 #pragma once
 
 #include "microkernel_amx.h"
-#include "microkernel_integers.h"
 #include "microkernel_pairs.h"
 #include "microkernel_vector.h"
 #include "microkernel_widened.h"
+#include "microkernel_words.h"
 
 namespace sage {
 

@@ -9,7 +9,7 @@
 
 namespace sage {
 
-constexpr int64_t MAX_SUMS = 32 * 4 * PANEL;  // of a block, over all microkernels
+constexpr int64_t MAX_SUMS = 64 * 4 * PANEL;  // of a block, over all microkernels
 
 // Weights to prefetch while a block is computed: for every DEPTH elements of K, `lines` cache lines of each of
 // `streams` streams, which are `stride` bytes apart. A core reads several streams faster than one. Panels that this
@@ -33,19 +33,30 @@ inline void prefetch_step(Prefetch& prefetch) {
     prefetch.from += prefetch.lines * 64;
 }
 
+// The rows and panels of a block, at most, in GEMMs with up to `gemm_rows` rows.
+struct BlockShape {
+    int64_t gemm_rows, rows, panels;
+};
+constexpr int64_t ANY_ROWS = INT64_MAX;
+
 template <class Element, class Weight = Element>
 struct Microkernel {
-    int64_t rows, panels;                // of a block, at most
-    int64_t narrow_rows, narrow_panels;  // of a block of a GEMM with at most `narrow_rows` rows
-    int64_t row_step;                    // prepared x is padded to a multiple of this many rows
-    int64_t x_element_size;              // bytes per element of prepared x
-    void (*begin)();                     // called by each thread before its first block
-    void (*end)();                       // and after its last
+    BlockShape shapes[3];    // by ascending rows of the GEMM; the last one has ANY_ROWS
+    int64_t row_step;        // prepared x is padded to a multiple of this many rows
+    int64_t x_element_size;  // bytes per element of prepared x
+    void (*begin)();         // called by each thread before its first block
+    void (*end)();           // and after its last
     void (*prepare)(void* prepared, const Element* const* x, int64_t rows, int64_t K);
     // sums[rows][panels][PANEL] of the prepared rows from `first` on, and of the panels from w on
     void (*block)(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K,
                   typename Panels<Weight>::At w, int64_t panels, Prefetch prefetch);
     const char* name;
+
+    const BlockShape& shape(int64_t gemm_rows) const {
+        const BlockShape* found = shapes;
+        while (found->gemm_rows < gemm_rows) ++found;
+        return *found;
+    }
 };
 
 inline void do_nothing() {}

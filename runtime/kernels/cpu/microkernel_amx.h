@@ -183,7 +183,8 @@ inline void add_split(float* sums, int64_t stride, const bf16* upper, const bf16
     }
 }
 
-constexpr Microkernel<bf16> MICROKERNEL = {2 * ROWS, 2, ROWS, 4, ROWS, sizeof(bf16), begin, end, prepare, block, "AMX"};
+constexpr Microkernel<bf16> MICROKERNEL = {
+    {{ROWS, ROWS, 4}, {ANY_ROWS, 2 * ROWS, 2}}, ROWS, sizeof(bf16), begin, end, prepare, block, "AMX"};
 
 }  // namespace amx
 }  // namespace sage

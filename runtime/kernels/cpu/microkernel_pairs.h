@@ -190,8 +190,13 @@ struct Tiles {
 };
 
 template <int ROWS, int PANELS>
-constexpr Microkernel<bf16> MICROKERNEL = {BLOCK_ROWS,   PANELS,     BLOCK_ROWS, PANELS,  1,
-                                           sizeof(bf16), do_nothing, do_nothing, prepare, Tiles<ROWS, PANELS>::block,
+constexpr Microkernel<bf16> MICROKERNEL = {{{ANY_ROWS, BLOCK_ROWS, PANELS}},
+                                           1,
+                                           sizeof(bf16),
+                                           do_nothing,
+                                           do_nothing,
+                                           prepare,
+                                           Tiles<ROWS, PANELS>::block,
                                            "AVX512_BF16"};
 
 }  // namespace pairs

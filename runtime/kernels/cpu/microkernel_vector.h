@@ -154,7 +154,7 @@ struct Blocks {
 template <class Element, class Prepare, class Block>
 constexpr Microkernel<Element> vector_microkernel(int rows, int panels, size_t x_size, Prepare prepare, Block block,
                                                   const char* name) {
-    return {rows, panels, rows, panels, 1, (int64_t)x_size, do_nothing, do_nothing, prepare, block, name};
+    return {{{ANY_ROWS, rows, panels}}, 1, (int64_t)x_size, do_nothing, do_nothing, prepare, block, name};
 }
 
 template <class Element, int ROWS, int PANELS>

@@ -241,12 +241,8 @@ struct Blocks {
 template <class Element, class Weight, class Kind>
 constexpr Microkernel<Element, Weight> microkernel(void (*prepare)(void*, const Element* const*, int64_t, int64_t),
                                                    const char* name) {
-    return {BLOCK_ROWS, PANELS,
-            BLOCK_ROWS, PANELS,
-            1,          sizeof(typename Kind::X),
-            do_nothing, do_nothing,
-            prepare,    Blocks<Kind, Weight>::block,
-            name};
+    return {{{ANY_ROWS, BLOCK_ROWS, PANELS}}, 1,   sizeof(typename Kind::X), do_nothing, do_nothing, prepare,
+            Blocks<Kind, Weight>::block,      name};
 }
 template <class Element, class Weight>
 constexpr Microkernel<Element, Weight> FLOAT_MICROKERNEL =
