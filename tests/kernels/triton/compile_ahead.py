@@ -57,7 +57,8 @@ NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 OPCODES = r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.(?:\w+\.)*128)"
 DISASSEMBLED = {"_fused_add_rms_norm_rows", "_silu_mul_kernel", "_linear_kernel", "_paged_prefill_attention_kernel"}
 DISASSEMBLED |= {"_paged_decode_attention_split", "_paged_prefill_attention_split", "_expert_linear_kernel"}
-DISASSEMBLED |= {"_linear_silu_mul_kernel", "_router_logits_kernel"}
+DISASSEMBLED |= {"_linear_silu_mul_kernel", "_router_logits_kernel", "_expert_down_kernel", "_lm_head_sample_kernel"}
+DISASSEMBLED |= {"_varlen_attention_kernel", "_add_rms_norm_linear_kernel", "_add_rms_norm_linear_silu_mul_kernel"}
 
 SIZES = {"R": 32, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
