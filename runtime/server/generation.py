@@ -162,12 +162,11 @@ class Generation:
         """
 
         def take(deltas: list[Delta]) -> bool:
-            num_tokens = sum(len(delta.token_ids) for delta in deltas)
+            num_tokens = sum([len(delta.token_ids) for delta in deltas])
             if not writer.is_ready or not all(self._is_plain(delta, num_tokens) for delta in deltas):
                 return False
             now = time.monotonic()
-            pieces = [piece for delta in deltas if (piece := self._piece(delta, now)) is not None]
-            writer.write(b"".join(map(framed, pieces)))
+            writer.write(b"".join([framed(self._plain_piece(delta, now)) for delta in deltas]))
             return True
 
         self.inbox.sink = take
@@ -178,6 +177,13 @@ class Generation:
             return False
         text = self._answer(delta).text
         return text.num_unchecked >= num_tokens and text.end_ids.isdisjoint(delta.token_ids)
+
+    def _plain_piece(self, delta: Delta, now: float) -> Piece:
+        """The piece of a delta for which `_is_plain` holds; most tokens of a stream come here."""
+        answer, new = self._answer(delta), delta.token_ids
+        answer.text.token_ids += new
+        self._measure(answer, len(new), now)
+        return Piece(answer.index, answer.text.take_delta(), new, None, None, None)
 
     def _answer(self, delta: Delta) -> Answer:
         return self.answers[self._of_request[delta.request_id] + delta.index]

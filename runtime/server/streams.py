@@ -12,13 +12,14 @@ from sageLLM.runtime.server.exchange import Exchange
 from sageLLM.runtime.server.generation import Generation, Piece
 
 T = TypeVar("T")
+encode = msgspec.json.Encoder().encode
 COMMENT = b": keep-alive\n\n"
 PLACE = "\0text\0"
 
 
 def frame(chunk: Mapping[str, Any]) -> bytes:
     """The event of one object."""
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+    return b"data: " + encode(chunk) + b"\n\n"
 
 
 class TextFrame:
@@ -26,10 +27,10 @@ class TextFrame:
 
     def __init__(self, chunk: Mapping[str, Any]) -> None:
         """`chunk` has PLACE as this text."""
-        self._before, _, self._after = frame(chunk).rpartition(msgspec.json.encode(PLACE))
+        self._before, _, self._after = frame(chunk).rpartition(encode(PLACE))
 
     def __call__(self, text: str) -> bytes:
-        return self._before + msgspec.json.encode(text) + self._after
+        return self._before + encode(text) + self._after
 
 
 def steps_of(
