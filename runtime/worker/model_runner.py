@@ -69,7 +69,9 @@ class ModelRunner:
         if compiler.planner.device is not None:
             rows = row_buckets(max_rows) if compiler.planner.captures and num_ubatches == 1 else ()
             self.buckets = Buckets(rows, table_widths(max_blocks), padding_block=pool.num_blocks - 1)
-        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.tables, self.buckets)
+        self.step_inputs = StepInputs(
+            pool.block_size, max_blocks, model.tables, self.buckets, num_batches=model.pipeline_stage.count
+        )
         self._arena = Arena()
         self._plans: dict[tuple[Stage, int], Runnable] = {}
         self._lower_plans: dict[Stage, Runnable] = {}
@@ -78,7 +80,7 @@ class ModelRunner:
         self._divides_decodes = model.pipeline_stage.count == 1 or model.config.tp > 1
         # Read in each step, in which the microseconds count.
         self._is_first_stage, self._is_last_stage = model.pipeline_stage.is_first, model.pipeline_stage.is_last
-        self._buffers = ReceiveBuffers(model.device)
+        self._stage_inputs = ReceivedInputs(model.device)
         self._watches_layers = False
         self._is_first_run = False
         self._watched: NativePlan | None = None
@@ -181,26 +183,38 @@ class ModelRunner:
 
     def _run_plan(self, plan: Runnable, num_ubatches: int, inputs: Inputs, num_tokens: int) -> list[Tensor]:
         if not self._is_first_stage:
-            inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
+            inputs = self._stage_inputs.added_to(inputs, plan, num_tokens)
         return plan.run(inputs)
 
 
-class ReceiveBuffers:
-    """Memory for the values that a pipeline stage receives, reused from step to step."""
+class ReceivedInputs:
+    """Memory for the values that a pipeline stage receives, reused from step to step.
+
+    As are the inputs with it, so that a step like the one before is prepared no further.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._values: dict[Runnable, list[TensorRef]] = {}
         self._buffers: dict[str, Tensor] = {}
+        self._last: tuple[Inputs, Runnable, int] | None = None
+        self._inputs: Inputs = {}
 
-    def of(self, values: Sequence[TensorRef], num_tokens: int) -> dict[str, Tensor]:
-        """A buffer with a row per token for each value."""
-        found = {}
-        for ref in values:
-            buffer = self._buffers.get(ref.name)
-            if buffer is None or len(buffer) < num_tokens:
-                width = [number_of(dim, {}) for dim in ref.shape[1:]]
-                num_rows = num_tokens if buffer is None else max(num_tokens, 2 * len(buffer))
-                buffer = torch.empty((num_rows, *width), dtype=TORCH_DTYPES[ref.dtype], device=self._device)
-                self._buffers[ref.name] = buffer
-            found[ref.name] = buffer[:num_tokens]
-        return found
+    def added_to(self, inputs: Inputs, plan: Runnable, num_tokens: int) -> Inputs:
+        """The inputs of a step, and a buffer with a row per token for each value that the plan receives."""
+        last = self._last
+        if last is None or inputs is not last[0] or plan is not last[1] or num_tokens != last[2]:
+            if plan not in self._values:
+                self._values[plan] = received_values(plan.graph)
+            buffers = {ref.name: self._buffer(ref, num_tokens) for ref in self._values[plan]}
+            self._last, self._inputs = (inputs, plan, num_tokens), {**inputs, **buffers}
+        return self._inputs
+
+    def _buffer(self, ref: TensorRef, num_tokens: int) -> Tensor:
+        buffer = self._buffers.get(ref.name)
+        if buffer is None or len(buffer) < num_tokens:
+            width = [number_of(dim, {}) for dim in ref.shape[1:]]
+            num_rows = num_tokens if buffer is None else max(num_tokens, 2 * len(buffer))
+            buffer = torch.empty((num_rows, *width), dtype=TORCH_DTYPES[ref.dtype], device=self._device)
+            self._buffers[ref.name] = buffer
+        return buffer[:num_tokens]

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import msgspec
+import torch
 
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.errors import SageError
@@ -130,6 +131,7 @@ class Replies:
             self._connection.send_bytes(self._encoder.encode(reply))
 
 
+@torch.inference_mode()
 def serve(
     connection: Connection,
     replies: Replies,
@@ -139,7 +141,10 @@ def serve(
     *,
     returns_results: bool,
 ) -> None:
-    """Executes commands until the connection is closed (EOFError) or an order fails."""
+    """Executes commands until the connection is closed (EOFError) or an order fails.
+
+    In inference mode, as entering it takes time in each step.
+    """
     for command in received(connection, port):
         if isinstance(command, Reset):
             executor.reset()

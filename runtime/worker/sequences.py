@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import overload
 
 from sageLLM.runtime.sampling.sampler import SequenceSampling
@@ -97,6 +98,11 @@ class DecodeBatch(Sequence[WorkerSequence]):
         """The block `index` of the sequence of a row."""
         return self._sequences[row].block_ids[index]
 
+    @cached_property
+    def members(self) -> frozenset[int]:
+        """The identities of the sequences."""
+        return frozenset(map(id, self._sequences))
+
     def settle(self) -> None:
         """Moves the tokens that are kept to their sequences."""
         if self._steps:
@@ -109,23 +115,58 @@ NO_DECODES = DecodeBatch()
 
 
 class SequenceTable:
-    """The sequences of a worker by id, and those that decode."""
+    """The sequences of a worker by id, and those that decode.
 
-    def __init__(self) -> None:
+    Pipeline stages decode `num_batches` micro-batches in turns. The batches of the last orders are kept: an order that
+    names the sequences of one again gets the same object, if nothing else was done with them in between.
+    """
+
+    def __init__(self, num_batches: int = 1) -> None:
         self._sequences: dict[str, WorkerSequence] = {}
         self._decodes = DecodeBatch()
+        self._num_kept = num_batches if num_batches > 1 else 0
+        self._kept: list[tuple[list[str], DecodeBatch]] = []
 
     def update(self, order: StepOrder) -> None:
         """Applies what has changed since the last order."""
         for sequence_id in order.dropped:
-            del self._sequences[sequence_id]
+            self._change(self._sequences.pop(sequence_id))
         for new in order.new:
             self._sequences[new.sequence_id] = WorkerSequence.from_order(new)
         for table in order.tables:
-            self._sequences[table.sequence_id].block_ids[table.first :] = table.block_ids
+            sequence = self._sequences[table.sequence_id]
+            if table.first < len(sequence.block_ids):
+                self._change(sequence)
+            sequence.block_ids[table.first :] = table.block_ids
         if order.decodes is not None:
-            self._decodes.settle()
-            self._decodes = DecodeBatch([self._sequences[sequence_id] for sequence_id in order.decodes])
+            last, self._decodes = self._decodes, self._batch_of(order.decodes)
+            if not any(batch is last for _, batch in self._kept):
+                last.settle()
+
+    def _batch_of(self, sequence_ids: list[str]) -> DecodeBatch:
+        """The kept batch of these sequences, or a new one."""
+        for names, batch in self._kept:
+            if names == sequence_ids:
+                return batch
+        sequences = [self._sequences[sequence_id] for sequence_id in sequence_ids]
+        if not self._num_kept:
+            return DecodeBatch(sequences)
+        self._change(*sequences)
+        if len(self._kept) == self._num_kept:
+            self._kept.pop(0)[1].settle()
+        self._kept.append((sequence_ids, DecodeBatch(sequences)))
+        return self._kept[-1][1]
+
+    def _change(self, *sequences: WorkerSequence) -> None:
+        """Something other than a decode of a kept batch follows for these sequences: gives up the batches with any."""
+        self._decodes.settle()
+        if not self._num_kept:
+            return
+        changed = set(map(id, sequences))
+        given_up = [one for one in self._kept if not changed.isdisjoint(one[1].members)]
+        for one in given_up:
+            one[1].settle()
+            self._kept.remove(one)
 
     def sampling(self, sequence_id: str) -> SequenceSampling:
         """The sampling state of a sequence that generates."""
@@ -142,10 +183,12 @@ class SequenceTable:
         return self._decodes if order.has_decodes else NO_DECODES
 
     def chunk(self, order: ChunkOrder) -> SequenceChunk:
-        self._decodes.settle()  # after a preemption the chunk contains tokens that the sequence has decoded
         samples = [self._sequences[sequence_id] for sequence_id in order.samples]
-        return SequenceChunk(self._sequences[order.sequence_id], order.start, order.num_tokens, samples, order.scored)
+        sequence = self._sequences[order.sequence_id]
+        self._change(sequence, *samples)  # after a preemption the chunk contains tokens that the sequence has decoded
+        return SequenceChunk(sequence, order.start, order.num_tokens, samples, order.scored)
 
     def clear(self) -> None:
         self._sequences.clear()
+        self._kept.clear()
         self._decodes = DecodeBatch()

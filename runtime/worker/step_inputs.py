@@ -14,6 +14,7 @@ import torch
 
 from sageLLM.runtime.executor.buckets import Buckets
 from sageLLM.runtime.loader.tables import Ints, PositionTables
+from sageLLM.runtime.worker.recent import Recent
 from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk, WorkerSequence
 
 Inputs = dict[str, torch.Tensor | None]
@@ -30,6 +31,17 @@ class Draws(NamedTuple):
     uniforms: npt.NDArray[np.float64]
 
 
+class DecodeRows(NamedTuple):
+    """The rows of decodes in their last step, and what `_start_decodes` derives from their sequences."""
+
+    columns: Ints
+    block_table: Ints
+    positions: list[int]
+    num_steps: int
+    crossings: list[list[int]]
+    num_positions: int
+
+
 class StepInputs:
     """The inputs of one worker's steps. The tensors that `make` returns are valid until its next call.
 
@@ -38,11 +50,18 @@ class StepInputs:
     have the smallest of a few widths, and steps of decodes alone are padded to one of a few numbers of rows; the inputs
     then have the numbers of `Draws`, as bits in i32.
 
+    `num_batches` batches of decodes can take turns: the rows of the others are kept, and restored in their next step.
+
     `pos` are rows of `tables`, which differ from the positions of a sequence where its length changes the rotation.
     """
 
     def __init__(
-        self, block_size: int, max_blocks: int, tables: PositionTables, buckets: Buckets | None = None
+        self,
+        block_size: int,
+        max_blocks: int,
+        tables: PositionTables,
+        buckets: Buckets | None = None,
+        num_batches: int = 1,
     ) -> None:
         self._block_size, self._max_blocks = block_size, max_blocks
         self._tables, self._buckets = tables, buckets
@@ -54,6 +73,8 @@ class StepInputs:
         self._crossings: list[list[int]] = []
         self._num_positions = 0  # the tokens of the longest decode
         self._num_padded = 0  # the rows of a step of decodes with those of padding, 0 if they are not filled
+        self._num_batches = num_batches
+        self._kept: Recent[DecodeBatch, DecodeRows] = Recent(num_batches)
         self._last_rows: Sequence[int] | None = None
         self._steady: Inputs | None = None  # the inputs of the last step, if it was one of decodes alone on a CPU
         self._views: dict[tuple[int, int, int, int], Inputs] = {}
@@ -70,7 +91,8 @@ class StepInputs:
         """The inputs of a step with these decodes and chunks; `rows` are the token rows that need logits.
 
         If `decodes` is the object of the step before, each of its sequences must have one more token than then; if
-        `rows` is, it must not have changed. The caller must not change the result, which is kept for steps of its size.
+        `rows` is, it must not have changed. With several batches the first holds for each of the last ones. The caller
+        must not change the result, which is kept for steps of its size.
         """
         if self._steady is not None and decodes is self._decodes and rows is self._last_rows and not chunks:
             self._advance_decodes(decodes)
@@ -84,9 +106,14 @@ class StepInputs:
             padded = self._buckets.num_rows(num_decodes)
             self._reserve(max(num_tokens, len(rows), padded), max(num_sequences, padded))
             self._put_draws(draws)
+        if decodes is not self._decodes:
+            self._keep_decodes()
         if not num_decodes:
             self._decodes = None  # the chunks overwrite the rows of the last decodes
         elif decodes is self._decodes:
+            self._advance_decodes(decodes)
+        elif (kept := self._kept.take(decodes)) is not None:
+            self._restore_decodes(decodes, kept)
             self._advance_decodes(decodes)
         else:
             self._start_decodes(decodes)
@@ -141,6 +168,33 @@ class StepInputs:
     def forget(self) -> None:
         """Fills all rows again in the next step, after one that has not run."""
         self._decodes = None
+        self._kept.clear()
+
+    def _keep_decodes(self) -> None:
+        """Copies the rows of the last decodes, if they may have another turn."""
+        if self._num_batches == 1 or not self._decodes:
+            return
+        n, num_blocks = len(self._decodes), self._num_positions // self._block_size + 1
+        rows = DecodeRows(
+            self._columns[:, :n].copy(),
+            self._block_table[:n, :num_blocks].copy(),
+            self._positions,
+            self._num_steps,
+            self._crossings,
+            self._num_positions,
+        )
+        self._kept.put(self._decodes, rows)
+
+    def _restore_decodes(self, decodes: DecodeBatch, kept: DecodeRows) -> None:
+        """Writes the rows as they were in the last step of these decodes."""
+        n, num_blocks = kept.block_table.shape
+        self._decodes, self._num_padded = decodes, 0
+        self._decode_ids, self._advancing = self._ids[:n], self._columns[:, :n]
+        self._advancing[:] = kept.columns
+        self._block_table[:n, :num_blocks] = kept.block_table
+        self._q_start[: n + 1] = self._counts[: n + 1]
+        self._positions, self._num_steps = kept.positions, kept.num_steps
+        self._crossings, self._num_positions = kept.crossings, kept.num_positions
 
     def _start_decodes(self, decodes: DecodeBatch) -> None:
         """Fills the rows of sequences that differ from those of the last decode step."""

@@ -5,7 +5,7 @@ last one. They are received when a step needs them; until then a sequence has a 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sageLLM.runtime.kernels.cpu.point_to_point import Link
-from sageLLM.runtime.worker.sequences import WorkerSequence
+from sageLLM.runtime.worker.sequences import NO_DECODES, DecodeBatch, WorkerSequence
 
 NO_TOKEN = 0
 """The placeholder of a token that is not known on this rank."""
@@ -66,6 +66,14 @@ class TorchTokens:
         return ids
 
 
+class AwaitedTokens:
+    """The tokens of a run: of a batch of decodes alone, or of sequences with a placeholder at an index each."""
+
+    def __init__(self, sampled: Sequence[WorkerSequence], indices: list[int] | None = None) -> None:
+        self.sampled, self.indices = sampled, indices
+        self.members = sampled.members if isinstance(sampled, DecodeBatch) else frozenset(map(id, sampled))
+
+
 class TokenReturn:
     """The tokens of one stage, for all its workers: the runs of every stage are in the same order."""
 
@@ -73,7 +81,7 @@ class TokenReturn:
         """`channel` connects the first and the last stage; the others have none."""
         self._is_first_stage = is_first_stage
         self._channel = channel
-        self._awaited: deque[list[tuple[WorkerSequence, int]]] = deque()
+        self._awaited: deque[AwaitedTokens] = deque()
 
     def send(self, token_ids: Sequence[int]) -> None:
         """Sends the tokens of a run, on the last stage."""
@@ -81,27 +89,48 @@ class TokenReturn:
             self._channel.send(token_ids)
 
     def expect(self, sampled: Sequence[WorkerSequence]) -> None:
-        """Appends placeholders for the tokens of a run, on the other stages."""
-        for sequence in sampled:
-            sequence.output_token_ids.append(NO_TOKEN)
-        if sampled and self._is_first_stage:
-            self._awaited.append([(sequence, len(sequence.output_token_ids) - 1) for sequence in sampled])
-            while len(self._awaited) > MAX_AWAITED:
-                self._receive()
+        """Appends placeholders for the tokens of a run, on the other stages; decodes alone get the tokens later."""
+        if not sampled:
+            return
+        if not self._is_first_stage:
+            append_placeholders(sampled)
+        elif isinstance(sampled, DecodeBatch):
+            self._awaited.append(AwaitedTokens(sampled))
+        else:
+            append_placeholders(sampled)
+            self._awaited.append(AwaitedTokens(sampled, [len(one.output_token_ids) - 1 for one in sampled]))
+        while len(self._awaited) > MAX_AWAITED:
+            self._receive()
 
-    def receive_for(self, sequences: Iterable[WorkerSequence]) -> None:
+    def receive_for(self, decodes: DecodeBatch, others: Sequence[WorkerSequence]) -> None:
         """Waits until all tokens of these sequences are known, on the first stage."""
         if not self._awaited:
             return
-        needed = {id(sequence) for sequence in sequences}
+        needed = decodes.members.union(map(id, others)) if others else decodes.members
         for count in range(len(self._awaited), 0, -1):
-            if any(id(sequence) in needed for sequence, _ in self._awaited[count - 1]):
+            if not self._awaited[count - 1].members.isdisjoint(needed):
                 for _ in range(count):
-                    self._receive()
+                    self._receive(decodes)
                 return
 
-    def _receive(self) -> None:
+    def _receive(self, decodes: DecodeBatch = NO_DECODES) -> None:
         assert self._channel is not None, "the first stage has a channel"
         awaited = self._awaited.popleft()
-        for (sequence, index), token_id in zip(awaited, self._channel.receive(len(awaited)), strict=True):
+        token_ids = self._channel.receive(len(awaited.sampled))
+        if awaited.indices is None:
+            assert isinstance(awaited.sampled, DecodeBatch), "only runs of decodes alone lack placeholders"
+            awaited.sampled.append(token_ids)
+            if awaited.sampled is not decodes:  # it may not be the batch of its sequences any more
+                awaited.sampled.settle()
+            return
+        for sequence, index, token_id in zip(awaited.sampled, awaited.indices, token_ids, strict=True):
             sequence.output_token_ids[index] = token_id
+
+
+def append_placeholders(sampled: Sequence[WorkerSequence]) -> None:
+    """Appends a placeholder to each sequence, so that its length is right."""
+    if isinstance(sampled, DecodeBatch):
+        sampled.append([NO_TOKEN] * len(sampled))
+        return
+    for sequence in sampled:
+        sequence.output_token_ids.append(NO_TOKEN)

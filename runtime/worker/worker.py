@@ -19,6 +19,7 @@ from sageLLM.runtime.worker.faults import LOG, reason_of, reraise_unless_attribu
 from sageLLM.runtime.worker.kv_pages import KVPages
 from sageLLM.runtime.worker.model_runner import Logits, ModelRunner
 from sageLLM.runtime.worker.orders import PromptScores, StepOrder, StepResult
+from sageLLM.runtime.worker.recent import Recent
 from sageLLM.runtime.worker.row_sampler import RowSampler
 from sageLLM.runtime.worker.sequences import (
     NO_DECODES,
@@ -93,12 +94,14 @@ class Worker:
         self._pages = KVPages(runner.pool)
         self._masks = None if grammars is None else TokenMasks(grammars)
         self._token_return = token_return
-        self._sequences = SequenceTable()
+        num_batches = runner.model.pipeline_stage.count
+        self._sequences = SequenceTable(num_batches)
         self._failed: set[str] = set()
         # Ranks that share the vocabulary sample together; an error in one of them would leave the others waiting.
         self._share = share_of_rank(runner.model.config) if runner.compiler.samples_locally else None
         self._decode_sampler = RowSampler([], self._share)
         self._decode_rows: list[int] = []
+        self._samplers: Recent[Sequence[WorkerSequence], RowSampler] = Recent(num_batches)
 
     def begin(self, order: StepOrder) -> None:
         """Updates the sequences, and copies KV blocks before the batches run.
@@ -189,7 +192,7 @@ class Worker:
         else:
             spans, rows, sampler = [], *self._decode_parts(batch.decodes)
         if self._token_return is not None:
-            self._token_return.receive_for([*batch.decodes, *(chunk.sequence for chunk in batch.chunks)])
+            self._token_return.receive_for(batch.decodes, [chunk.sequence for chunk in batch.chunks])
         if sampler.constraints and self._masks is not None and self.runner.model.pipeline_stage.is_last:
             self._masks.start(sampler.constraints)
         try:
@@ -216,8 +219,13 @@ class Worker:
     def _decode_parts(self, decodes: DecodeBatch) -> tuple[list[int], RowSampler]:
         """The token rows and the sampler of decodes; the same objects as before while `decodes` is the same."""
         if decodes is not self._decode_sampler.sequences:
-            self._decode_sampler = RowSampler(decodes, self._share)
-            self._decode_rows = list(range(len(decodes)))
+            sampler = self._samplers.get(decodes)
+            if sampler is None:
+                sampler = RowSampler(decodes, self._share)
+                self._samplers.put(decodes, sampler)
+            self._decode_sampler = sampler
+            if len(self._decode_rows) != len(decodes):
+                self._decode_rows = list(range(len(decodes)))
         return self._decode_rows, self._decode_sampler
 
     def _run_failed(self, batch: Batch, result: StepResult, error: Exception) -> None:
