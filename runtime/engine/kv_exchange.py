@@ -136,7 +136,7 @@ class KVKeeper:
     """Keeps the KV of prompts until it is fetched, or for `keep_seconds`; used by the engine's thread."""
 
     def __init__(
-        self, engine: Engine, key: bytes, host: str = LOOPBACK, weights: str = "", keep_seconds: float = KEEP_SECONDS
+        self, engine: Engine, key: bytes, weights: str, host: str = LOOPBACK, keep_seconds: float = KEEP_SECONDS
     ) -> None:
         """KV is for engines with the same digest of `weights`. Raises SageError, also for a host of another machine."""
         self._engine, self._keep_seconds = engine, keep_seconds
@@ -254,8 +254,8 @@ OnEnd = Callable[[str, int, str], None]
 class KVFetcher:
     """Fetches the KV of prompts into the prefix cache of an engine; used by the engine's thread."""
 
-    def __init__(self, engine: Engine, key: bytes, host: str = LOOPBACK, weights: str = "") -> None:
-        """Raises SageError."""
+    def __init__(self, engine: Engine, key: bytes, weights: str, host: str = LOOPBACK) -> None:
+        """KV comes from engines with the same digest of `weights`. Raises SageError."""
         self._engine, self._port = engine, KVPort(engine, TARGET, key, host, weights)
         self._threads = ThreadPoolExecutor(NUM_FETCHES, "sagellm-kv-fetch")
         self._borrowed: dict[str, Handover] = {}

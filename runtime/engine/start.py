@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine, Events
+from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.engine_group import EngineGroup
+from sageLLM.runtime.engine.group_pipeline import Events
 from sageLLM.runtime.engine.parallelism import Parallelism, PdWorkers
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.grammar.compiler import GrammarCompiler

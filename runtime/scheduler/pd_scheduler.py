@@ -3,8 +3,8 @@
 `PDScheduler` is the interface; the work is done by the objects that it is composed of:
 
 - state (`state.py`): request table, KV placement, pending steps, decode queue, migrations, swaps;
-- planning: a `Mode` decides which phases a step runs; `PrefillPhase` admits requests (`Admission`) and adds chunks,
-  `DecodePhase` adds decodes and allocates their blocks (`Preemption`);
+- planning (`StepPlanner`): a `Mode` decides which phases a step runs; `PrefillPhase` admits requests (`Admission`) and
+  adds chunks, `DecodePhase` adds decodes and allocates their blocks (`Preemption`);
 - `StepCommit` counts executed steps as computed, `Recovery` undoes failed ones;
 - `Lifecycle` moves requests between their states for all of these.
 
@@ -14,7 +14,7 @@ step that was not committed is rolled back by the next `schedule`.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from sageLLM.runtime.scheduler.admission import Admission
 from sageLLM.runtime.scheduler.base import BaseScheduler, SchedulerStalledError
@@ -30,7 +30,8 @@ from sageLLM.runtime.scheduler.micro_batches import MicroBatches
 from sageLLM.runtime.scheduler.migration import Migration
 from sageLLM.runtime.scheduler.modes import ModeChooser, OneRole, Phases, SchedulerView, make_mode
 from sageLLM.runtime.scheduler.placement import KVPlacement
-from sageLLM.runtime.scheduler.plan import PendingStep, Role
+from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.scheduler.planner import StepPlanner
 from sageLLM.runtime.scheduler.policy import Policy, make_policy
 from sageLLM.runtime.scheduler.preemption import Preemption
 from sageLLM.runtime.scheduler.prefill import PrefillPhase
@@ -129,11 +130,11 @@ class PDScheduler(BaseScheduler):
         )
         self.view = SchedulerView(config, self.max_batch_size, kv.max_tokens, clock)
         self._phases = phases
-        self._mode = make_mode(phases, mode_chooser, self.view)
+        mode = make_mode(phases, mode_chooser, self.view)
+        self._planner = StepPlanner(state, self._lifecycle, self._admission, mode, num_stages)
         self.handover = Handover(state, self._lifecycle)
         self._mode_chooser = mode_chooser
         self._table, self._steps, self._migration = state.table, state.steps, state.migration
-        self._num_stages = num_stages
         if role is not None:
             self.set_role(role)
 
@@ -142,8 +143,8 @@ class PDScheduler(BaseScheduler):
     def set_role(self, role: Role) -> None:
         """Take another role, when no request has blocks here."""
         assert not (self.running_requests or self._table.reserved or self._steps.pending), "the worker is not drained"
-        self.role = role
-        self._mode = OneRole(self._phases, role)
+        self.role = self._planner.role = role
+        self._planner.mode = OneRole(self._phases, role)
         self._table.holds_prefilled = role == "prefill"
 
     @property
@@ -281,37 +282,12 @@ class PDScheduler(BaseScheduler):
 
         With several stages, no request with a token in one of the newest `num_stages - 1` pending steps is decoded.
         """
-        steps = list(self._steps.pending)
-        if len(steps) > self._num_stages:
-            raise RuntimeError(
-                f"at most {self._num_stages} steps can be pending, got {len(steps)}; commit one with update_after_step"
-            )
-        old = steps[: len(steps) - self._num_stages + 1]
-        if old and not self.kv.is_split and self.role is None:  # else the KV must migrate before the first decode
-            for i, step in enumerate(old):
-                self._decode_ahead(step, steps[i + 1 :])
+        self._planner.decode_ahead()
         return self._plan_step(None)
 
-    def _decode_ahead(self, step: PendingStep, later: Sequence[PendingStep]) -> None:
-        """Let the requests with their last chunk in a pending step decode before it is committed."""
-        for chunk in step.prefill_chunks:
-            request = chunk.request
-            is_live = request.request_id in self.running_requests and request.slot is None
-            if chunk.is_last and is_live and self.limits.num_decodes_left(request) > 1:
-                self._lifecycle.start_decoding_ahead(request, later)
-
     def _plan_step(self, role: Role | None) -> ScheduleOutput:
-        step = self._steps.begin(role)
-        if step.new_blocks:
-            step.cancel_unheard(self.running_requests, self.kv.freed)
-        if role != "prefill":
-            self._admission.admit_ready(step)
-        self._mode.fill(step)
-        if self.kv.is_split and role != "decode":
-            self._migration.add_to(step)
-        output = self._steps.hand_out(step, self.kv)
-        self._state.counters.count_plan(output)
-        if output.is_empty and not self._may_idle(role):
+        output = self._planner.plan(role)
+        if output.is_empty and not self._planner.may_idle(role):
             raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
         return output
 
@@ -322,30 +298,7 @@ class PDScheduler(BaseScheduler):
         requests with other blocks than before. Call it for the newest step, and only if that is certain to run: a
         rollback would lose the copies. A step with other copies is left alone, as those may write to the same blocks.
         """
-        has_copies = step.block_copies or step.tier_copies or step.kv_migrations
-        if step.decode_batch is None or has_copies:
-            return ()
-        names = [request.request_id for request in step.decode_batch.requests]
-        moved = self.kv.decode.promote(names, limit, step.step_id)
-        for request_id, copies in moved.items():
-            step.kv_blocks_to_allocate.setdefault(request_id, []).extend(copy.target for copy in copies)
-            step.block_copies += copies
-        return moved.keys()
-
-    def _may_idle(self, role: Role | None) -> bool:
-        """Whether an empty step is legitimate: nothing to do, or the work depends on a copy or a pending step."""
-        is_copying = bool(self._migration.copying or self._state.swaps.copying or self._table.pending_free)
-        if is_copying or any(not step.output.is_empty for step in self._steps.pending):
-            return True  # their end will free blocks or make a request ready
-        if self.role is not None:  # blocks of others may be in the way, and preempted requests may wait to be withdrawn
-            return True
-        if not (self.running_requests or self.waiting_queue):
-            return True
-        if role == "decode":
-            return not self.decode_queue
-        head = self.waiting_queue.peek()
-        waits_for_decoder = bool(self.decode_queue) or (head is not None and self._admission.needs_no_prefill(head))
-        return role == "prefill" and waits_for_decoder
+        return self._planner.promote_kv(step, limit)
 
     # --- commit ---
 

@@ -26,12 +26,12 @@ class KVHandoff:
     """Keeps the KV of the prompts of a prefill engine, or fetches that of a decode engine's, for the engine's loop."""
 
     def __init__(
-        self, engine: Engine, spec: HandoffSpec, commands: SimpleQueue[Command | None], key: bytes, weights: str = ""
+        self, engine: Engine, spec: HandoffSpec, commands: SimpleQueue[Command | None], key: bytes, weights: str
     ) -> None:
         """`weights` is a digest of them. Raises SageError for an engine that cannot exchange KV."""
         self._key, self._policy, self._commands = key, spec.policy, commands
-        self._keeper = KVKeeper(engine, self._key, spec.host, weights) if spec.role == "prefill" else None
-        self._fetcher = KVFetcher(engine, self._key, spec.host, weights) if spec.role == "decode" else None
+        self._keeper = KVKeeper(engine, self._key, weights, spec.host) if spec.role == "prefill" else None
+        self._fetcher = KVFetcher(engine, self._key, weights, spec.host) if spec.role == "decode" else None
         self._waiting: dict[str, Waiting] = {}
 
     def delays(self, command: Submit, group: RequestGroup) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.cli.dynamo_worker import chunk_of, sampling_params, submission, subscriber_address
+from sageLLM.runtime.cli.dynamo_requests import chunk_of, sampling_params, submission, subscriber_address
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.server.messages import Delta, Submit
 

@@ -115,6 +115,7 @@ LAYERS = {
     "runtime/cli/deploy.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/dynamo_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/dynamo_worker.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"dynamo"})),
+    "runtime/cli/dynamo_engine.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"dynamo"})),
     "runtime/cli/plan.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime/cli/deploy_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/deploy_file.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),

@@ -79,7 +79,7 @@ class Watch:
 
     def check_waits(self, prefill, decode, preempts: bool) -> None:
         """A prefill with room next to the decodes waits for few steps; so does every decode."""
-        has_room = self.engine.scheduler._mode._phases.prefill.has_work() and not preempts
+        has_room = self.engine.scheduler._planner.mode._phases.prefill.has_work() and not preempts
         self.streak = self.streak + 1 if has_room and not prefill else 0
         limit = self.config.max_consecutive_decodes if self.config.mode == "time_share" else 0
         assert self.streak <= limit, "a prefill that has room is kept waiting"

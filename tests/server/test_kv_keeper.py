@@ -20,6 +20,7 @@ from sageLLM.runtime.transport.ticket import NotFetched, Ticket, TicketError, de
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 KEY = b"k" * 32
+WEIGHTS = "a digest"
 PROMPTS = [[number, *range(3, 66)] for number in range(100, 110)]
 NUM_BLOCKS = 24  # of 16 tokens; a prompt has 4
 
@@ -37,7 +38,7 @@ def num_used(llm: LLM) -> int:
 
 
 def test_kv_is_released_when_it_has_expired(llm: LLM) -> None:
-    keeper = KVKeeper(llm.engine, KEY, keep_seconds=1.0)
+    keeper = KVKeeper(llm.engine, KEY, WEIGHTS, keep_seconds=1.0)
     keeper.keep("a", PROMPTS[-1], "")
     assert num_used(llm) == 4
     time.sleep(1.1)
@@ -47,7 +48,7 @@ def test_kv_is_released_when_it_has_expired(llm: LLM) -> None:
 
 
 def test_at_most_half_of_the_pool_is_kept(llm: LLM) -> None:
-    keeper = KVKeeper(llm.engine, KEY)
+    keeper = KVKeeper(llm.engine, KEY, WEIGHTS)
     for number in (-4, -3, -2, -1):  # the latest ones are in the prefix cache
         keeper.keep(str(number), PROMPTS[number], "")
     assert num_used(llm) == 12, "the oldest was released"
@@ -56,7 +57,7 @@ def test_at_most_half_of_the_pool_is_kept(llm: LLM) -> None:
 
 
 def test_the_ticket_of_another_prompt_is_refused(llm: LLM) -> None:
-    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(llm.engine, KEY)
+    keeper, fetcher = KVKeeper(llm.engine, KEY, WEIGHTS), KVFetcher(llm.engine, KEY, WEIGHTS)
     ticket = keeper.keep("a", PROMPTS[-1], "")
     assert isinstance(ticket, Ticket)
     with pytest.raises(TicketError, match="that of another prompt"):
@@ -70,7 +71,7 @@ def test_the_ticket_of_another_prompt_is_refused(llm: LLM) -> None:
 
 def test_a_client_that_stops_in_its_handshake_delays_no_other(llm: LLM) -> None:
     other = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
-    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(other.engine, KEY)
+    keeper, fetcher = KVKeeper(llm.engine, KEY, WEIGHTS), KVFetcher(other.engine, KEY, WEIGHTS)
     ends: SimpleQueue[tuple[str, int, str]] = SimpleQueue()
     with socket.create_connection(keeper.address) as stream:
         stream.sendall(b"\0")  # the beginning of a message that does not come
@@ -84,7 +85,7 @@ def test_a_client_that_stops_in_its_handshake_delays_no_other(llm: LLM) -> None:
 
 def test_a_fetch_ends_as_the_engine_is_closed(llm: LLM) -> None:
     other = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
-    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(other.engine, KEY)
+    keeper, fetcher = KVKeeper(llm.engine, KEY, WEIGHTS), KVFetcher(other.engine, KEY, WEIGHTS)
     ends: SimpleQueue[tuple[str, int, str]] = SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ticket = replace(keeper.keep("a", PROMPTS[-1], ""), port=silent.getsockname()[1])
@@ -99,7 +100,7 @@ def test_a_fetch_ends_as_the_engine_is_closed(llm: LLM) -> None:
 
 def test_a_reset_ends_fetches_at_once_and_nothing_writes_to_their_blocks(llm: LLM) -> None:
     other = LLM(MODEL, max_model_len=256, num_kv_blocks=NUM_BLOCKS, skip_tokenizer=True)
-    keeper, fetcher = KVKeeper(llm.engine, KEY), KVFetcher(other.engine, KEY)
+    keeper, fetcher = KVKeeper(llm.engine, KEY, WEIGHTS), KVFetcher(other.engine, KEY, WEIGHTS)
     pool = other.engine.executor.decoder.runner.pool  # type: ignore[attr-defined]
     ends: SimpleQueue[tuple[str, int, str]] = SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -122,5 +123,5 @@ def test_a_reset_ends_fetches_at_once_and_nothing_writes_to_their_blocks(llm: LL
 def test_engines_with_two_pools_are_refused() -> None:
     llm = LLM(MODEL, max_model_len=64, scheduler=PDSchedulerConfig(mode="strict"), skip_tokenizer=True)
     with pytest.raises(SageError, match="engines of one rank and one pool"):
-        KVKeeper(llm.engine, KEY)
+        KVKeeper(llm.engine, KEY, WEIGHTS)
     llm.close()
