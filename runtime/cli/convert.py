@@ -18,9 +18,9 @@ def convert(model: Path, out: Path, form: str | None) -> int:
 
     start = time.monotonic()
     try:
-        count = write_converted(model, out, load_registry(), form, show_progress)
+        done = write_converted(model, out, load_registry(), form, show_progress)
     except (SageError, OSError) as error:
         print(f"error: {printable(str(error), MAX_MESSAGE_LEN)}", file=sys.stderr)
         return 1
-    print(f"{out}: {count} tensors in {form or 'the default format'}, written in {time.monotonic() - start:.1f} s")
+    print(f"{out}: {done.num_tensors} tensors in {done.form}, written in {time.monotonic() - start:.1f} s")
     return 0

@@ -20,13 +20,9 @@ from sageLLM.runtime.cli.worker_command import worker
 from sageLLM.runtime.server.settings import ServerSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(bench_app, name="bench")
-app.command()(worker)
-app.command()(quantize)
-app.command()(convert)
-app.command()(deploy)
-app.command()(plan)
-app.command()(dynamo_worker)
+RUN, SPECS, CHECKPOINTS = "Run and serve models", "Specs, generated code and graphs", "Checkpoints"
+DEPLOYMENTS, MEASURE = "Deployments", "Measure and simulate"
+"""The groups of commands in the help, in the order of their first commands."""
 
 Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
 Plugins = Annotated[
@@ -35,7 +31,7 @@ Plugins = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-@app.command()
+@app.command(rich_help_panel=SPECS)
 def generate(
     specs: Specs = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the generated tree.")] = None,
@@ -58,7 +54,7 @@ def generate(
     raise typer.Exit(command.check() if check else command.write())
 
 
-@app.command()
+@app.command(rich_help_panel=SPECS)
 def lint(
     what: Annotated[
         str | None, typer.Argument(help="'model' or a layout's name, to check a checkpoint's config.")
@@ -80,7 +76,7 @@ def lint(
     raise typer.Exit(lint_checkpoint(LintRequest(what or "model", config, index, tp, plugins or [], as_json=json)))
 
 
-@app.command()
+@app.command(rich_help_panel=SPECS)
 def new(
     kind: Annotated[
         Literal["op", "model", "pass", "format", "dialect", "deploy"], typer.Argument(help="The kind of the new entry.")
@@ -96,7 +92,7 @@ def new(
     raise typer.Exit(new_entry(kind, name, specs))
 
 
-@app.command()
+@app.command(rich_help_panel=SPECS)
 def explain(
     name: Annotated[
         str,
@@ -119,7 +115,7 @@ def explain(
     raise typer.Exit(explain_name(name, specs or [], out))
 
 
-@app.command()
+@app.command(rich_help_panel=SPECS)
 def graph(
     model: Annotated[
         str,
@@ -182,7 +178,7 @@ def graph(
     raise typer.Exit(show_graph(request))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 @with_engine_options()
 def run(
     model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder, or a GGUF file.")],
@@ -221,7 +217,7 @@ def run(
     raise typer.Exit(run_prompts(request))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 @with_serve_options
 def serve(settings: ServerSettings, engine: EngineOptions) -> None:
     """Serve a checkpoint over HTTP, with OpenAI's API."""
@@ -230,7 +226,7 @@ def serve(settings: ServerSettings, engine: EngineOptions) -> None:
     raise typer.Exit(serve_model(settings, engine))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def chat(
     url: Annotated[str, typer.Option(help="URL of a running server.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Name of the model (default: the first one served).")] = None,
@@ -247,7 +243,7 @@ def chat(
     raise typer.Exit(run_chat(ChatRequest(url, model, system, max_tokens, temperature, api_key, quick)))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def status(
     url: Annotated[str, typer.Option(help="URL of a running server.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option(help="API key of the server.", envvar="SAGELLM_API_KEY")] = None,
@@ -258,7 +254,7 @@ def status(
     raise typer.Exit(print_status(url, api_key))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def doctor(
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder to load and try.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server to ask.")] = None,
@@ -270,7 +266,7 @@ def doctor(
     raise typer.Exit(run_doctor(model, url, as_json=json))
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 @with_request(SimulateRequest)
 def simulate(request: SimulateRequest) -> None:
     """Simulate a trace of requests in the scheduler's modes and compare them; requires no device and no weights."""
@@ -279,7 +275,7 @@ def simulate(request: SimulateRequest) -> None:
     raise typer.Exit(run_simulation(request))
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def calibrate(
     tables: Annotated[
         list[Path],
@@ -307,7 +303,7 @@ def calibrate(
     raise typer.Exit(run_calibration(request))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 @with_engine_options(*EMBEDDING_OPTIONS)
 def embed(
     model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
@@ -337,6 +333,12 @@ def embed(
         engine=engine,
     )
     raise typer.Exit(embed_prompts(request))
+
+
+app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
+for panel, commands in {CHECKPOINTS: (convert, quantize), DEPLOYMENTS: (deploy, plan, worker, dynamo_worker)}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def main() -> None:

@@ -16,12 +16,16 @@ from sageLLM.runtime.loader.safetensors_writer import SafetensorsWriter
 from sageLLM.runtime.quantize.checkpoint import FILE, OTHER_FILES
 
 
-def write_folder(source: Source, out: Path, form: str | None, progress: Progress) -> int:
-    """Writes the folder `out` with weights of the type `form`, by default that of the model; returns their number.
+def float_type(source: Source) -> str:
+    """The float type of a model, by its config."""
+    return str(source.data.get("dtype") or source.data.get("torch_dtype") or "bfloat16")
+
+
+def write_folder(source: Source, out: Path, form: str, progress: Progress) -> int:
+    """Writes the folder `out` with weights of the type `form`; returns their number.
 
     Raises CheckpointError for another type, and for a weight with values that the type does not have.
     """
-    form = form or str(source.data.get("dtype") or source.data.get("torch_dtype") or "bfloat16")
     if form not in FLOATS:
         raise CheckpointError(f"--format of a folder must be one of {', '.join(FLOATS)}, got {quoted(form)}")
     out.mkdir()

@@ -82,7 +82,7 @@ def test_the_command_with_the_bundled_model(tmp_path: Path) -> None:
     file, back = tmp_path / "tiny.gguf", tmp_path / "back"
     for arguments in (["convert", str(TINY), str(file)], ["convert", str(file), str(back)]):
         done = CliRunner().invoke(app, arguments)
-        assert done.exit_code == 0 and "tensors in" in done.output, done.output
+        assert done.exit_code == 0 and " tensors in bfloat16, written in" in done.output, done.output
     assert read_gguf_header(file).metadata["tokenizer.ggml.model"] == "none"
     greedy = SamplingParams(max_tokens=16, temperature=0.0)
     texts = [LLM(path).generate(["def main("], greedy)[0].outputs[0].text for path in (TINY, file, back)]

@@ -71,9 +71,15 @@ def refusal(folder: Path, kind: type[SageError] = CheckpointError, **arguments: 
 
 def test_a_folder_without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    assert refusal(folder) == f"expected config.json in {folder}; pass the folder of a Hugging Face checkpoint"
+    assert (
+        refusal(folder)
+        == f"expected config.json in {folder}; pass the folder of a Hugging Face checkpoint, or a GGUF file"
+    )
     missing = folder / "elsewhere"
-    assert refusal(missing) == f"expected config.json in {missing}; pass the folder of a Hugging Face checkpoint"
+    assert (
+        refusal(missing)
+        == f"expected config.json in {missing}; pass the folder of a Hugging Face checkpoint, or a GGUF file"
+    )
     assert refusal(missing, TokenizerError, skip_tokenizer=False) == f"{missing} is not a folder"
 
 
