@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 128 * 2**20
 """A bound well above published files, of which the vocabulary takes up to 10 MB."""
 MAX_TENSORS = 2**17
 MAX_KEYS = 2**14
+MAX_ELEMENTS = 2**22
+"""In all lists of the metadata. A vocabulary of 262,144 tokens takes a fourth of it, and an element up to 64 bytes."""
 MAX_DIMS = 4
 MAX_ALIGNMENT = 2**16
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -66,6 +68,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 class _Parser:
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self._path, self._data, self._size, self._at = path, data, size, 4
+        self._elements = 0
 
     def header(self) -> GgufHeader:
         if (version := self._number("<I")) not in VERSIONS:
@@ -116,15 +119,17 @@ class _Parser:
             return self._scalar(kind, key)
         inner = self._number("<I")
         count = self._number("<Q")
-        if count > self._size - self._at:  # each element takes a byte at least
+        if inner != _STRING and inner not in _NUMBERS:
+            raise self._damaged(f"{quoted(key)} has elements of the unknown type {inner}")
+        width = 8 if inner == _STRING else struct.calcsize(_NUMBERS[inner])  # a string has its length
+        if count * width > self._size - self._at:
             raise self._damaged(f"the list of {quoted(key)} with {count} elements is outside of the file")
+        self._elements += count
+        if self._elements > MAX_ELEMENTS:
+            raise self._damaged(f"lists must have at most {MAX_ELEMENTS} elements, with {quoted(key)} they have more")
         if inner == _STRING:
             return [self._string() for _ in range(count)]
-        if inner not in _NUMBERS:
-            raise self._damaged(f"{quoted(key)} has elements of the unknown type {inner}")
-        form = _NUMBERS[inner]
-        width = struct.calcsize(form)
-        return [value for (value,) in struct.iter_unpack(form, self._bytes(width * count))]
+        return [value for (value,) in struct.iter_unpack(_NUMBERS[inner], self._bytes(width * count))]
 
     def _scalar(self, kind: int, key: str) -> Any:
         if kind not in _NUMBERS:

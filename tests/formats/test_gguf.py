@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,3 +266,27 @@ def test_mutated_headers_are_read_or_refused(file: Path) -> None:
             assert "\n" not in str(error) and len(str(error)) < 2000
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 10, outcomes
+
+
+def header_with_lists(path: Path, kind: int, width: int, counts: list[int]) -> Path:
+    """A file whose metadata is lists of zeros, which take no space on the disk."""
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, len(counts)))
+        for i, count in enumerate(counts):
+            file.write(struct.pack("<Q2sIIQ", 2, f"k{i}".encode(), 9, kind, count))
+            file.seek(width * count, 1)
+        file.truncate(file.tell())
+    return path
+
+
+@pytest.mark.parametrize(("kind", "width"), [(0, 1), (12, 8), (8, 8)], ids=["bytes", "doubles", "strings"])
+def test_long_lists_are_refused_before_they_take_memory(kind: int, width: int, tmp_path: Path) -> None:
+    path = header_with_lists(tmp_path / "long.gguf", kind, width, [1000, 2**23])
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="lists must have at most 4194304 elements, with 'k1' they have more"):
+            read_gguf_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert len(read_gguf_header(header_with_lists(tmp_path / "short.gguf", kind, width, [1000])).metadata["k0"]) == 1000

@@ -25,7 +25,19 @@ constexpr int64_t CHUNK = 128;                                   // inputs that 
 constexpr bool IS_FULL = WIDTH == PANEL;                         // registers have the outputs of a panel
 constexpr int ROWS = IS_FULL ? 6 : 3, PANELS = IS_FULL ? 4 : 2;  // whose sums fit into the registers
 static_assert(PANELS > 1, "a block has a panel of a projection and one of its gate");
-constexpr int BLOCK_ROWS = 4 * ROWS;
+constexpr int BLOCK_ROWS = 10 * ROWS;
+static_assert(BLOCK_ROWS * PANELS * PANEL <= MAX_SUMS, "a block has at most MAX_SUMS sums");
+
+// Codes of the next inputs of some panels, which a tile prefetches line by line: of many at a time some are lost.
+struct Ahead {
+    const char* from;
+    int64_t stride, panels;
+    int64_t bytes;  // of 4 inputs
+
+    void prefetch(int64_t k) const {
+        for (int64_t p = 0; p < panels; ++p) __builtin_prefetch(from + p * stride + k / 4 * bytes, 0, 3);
+    }
+};
 
 struct Floats32 {
     using X = float;
@@ -63,11 +75,12 @@ struct Floats32 {
     // sums[ROWS][PANELS][PANEL].
     template <int ROWS, int PANELS>
     static void multiply(float* sums, const float* x, int64_t stride, const float* widened, int64_t count,
-                         const CodedPanel&, int64_t) {
+                         const CodedPanel&, int64_t, const Ahead& ahead) {
         constexpr int64_t REGS = PANELS * PANEL / WIDTH, PARTS = PANEL / WIDTH;
         Reg sum[ROWS][REGS];
         memcpy(sum, sums, sizeof sum);
         for (int64_t k = 0; k < count; ++k) {
+            if (k % 4 == 0) ahead.prefetch(k);
             Reg w[REGS];
 #pragma GCC unroll 8
             for (int64_t r = 0; r < REGS; ++r)
@@ -149,16 +162,20 @@ struct Pairs {
 
     template <int ROWS, int PANELS>
     static void multiply(float* sums, const bf16* x, int64_t stride, const bf16* widened, int64_t count,
-                         const CodedPanel& w, int64_t at) {
+                         const CodedPanel& w, int64_t at, const Ahead& ahead) {
         __m512 sum[ROWS][PANELS] = {};
-        for (int64_t k = 0; k < count; k += 2) pairs::add_pair(sum, x + k, stride, widened + k * PANEL, CHUNK * PANEL);
+        for (int64_t k = 0; k < count; k += 4) {
+            ahead.prefetch(k);
+            pairs::add_pair(sum, x + k, stride, widened + k * PANEL, CHUNK * PANEL);
+            pairs::add_pair(sum, x + k + 2, stride, widened + (k + 2) * PANEL, CHUNK * PANEL);
+        }
         add_scaled(sums, sum, w, at);
     }
 
     // As `widen` and `multiply` for few rows, without scratch memory.
     template <int ROWS, int PANELS>
     static void multiply_directly(float* sums, const bf16* x, int64_t stride, int64_t k, int64_t count,
-                                  const CodedPanel& w, int64_t at) {
+                                  const CodedPanel& w, int64_t at, const Ahead& ahead) {
         const Widen widen;
         const int64_t panel = w.header->panel_bytes;
         const char* from = w.codes() + k / 4 * 64;
@@ -166,6 +183,7 @@ struct Pairs {
         for (int64_t i = 0; i < count; i += 4, from += 64)
 #pragma GCC unroll 4
             for (int64_t p = 0; p < PANELS; ++p) {
+                __builtin_prefetch(ahead.from + i * 16 + p * panel, 0, 3);
                 __m512i words[2];
                 widen(words, from + p * panel);
 #pragma GCC unroll 4
@@ -194,8 +212,8 @@ struct Pairs {
 template <class Kind, class Weight>
 struct Blocks {
     using X = typename Kind::X;
-    using Multiply = void (*)(float*, const X*, int64_t, const X*, int64_t, const CodedPanel&, int64_t);
-    using Directly = void (*)(float*, const X*, int64_t, int64_t, int64_t, const CodedPanel&, int64_t);
+    using Multiply = void (*)(float*, const X*, int64_t, const X*, int64_t, const CodedPanel&, int64_t, const Ahead&);
+    using Directly = void (*)(float*, const X*, int64_t, int64_t, int64_t, const CodedPanel&, int64_t, const Ahead&);
 
     template <size_t... I>
     static Multiply at(int64_t index, std::index_sequence<I...>) {
@@ -208,21 +226,22 @@ struct Blocks {
         return table[index];
     }
     static void block(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, CodedPanel w,
-                      int64_t panels, Prefetch prefetch) {
+                      int64_t panels, Prefetch) {
         alignas(64) X scratch[PANELS * Kind::CHUNK * PANEL];
         const int64_t padded = round_up(K, DEPTH), group = w.header->group;
         const int64_t parts = (rows + ROWS - 1) / ROWS;
         memset(sums, 0, rows * panels * PANEL * sizeof(float));
         for (int64_t k = 0, count = 0; k < padded; k += count) {
             count = minimum(minimum(Kind::CHUNK, group - k % group), padded - k);
-            for (int64_t i = k % DEPTH; i < k % DEPTH + count; i += DEPTH)
-                if (i % DEPTH == 0) prefetch_step(prefetch);
+            const int64_t after = k + count;
+            const char* next = after < padded ? w.codes() + after / DEPTH * Weight::LINES * 64 : w.next(panels).codes();
+            Ahead ahead = {next, w.header->panel_bytes, panels, Weight::LINES * 8};
             if constexpr (Kind::DIRECT_ROWS > 0)
                 if (rows <= Kind::DIRECT_ROWS) {
                     const X* x = (const X*)prepared + first * padded + k;
                     const auto multiply = directly_at((rows - 1) * PANELS + panels - 1,
                                                       std::make_index_sequence<Kind::DIRECT_ROWS * PANELS>{});
-                    multiply(sums, x, padded, k, count, w, k / group * PANEL);
+                    multiply(sums, x, padded, k, count, w, k / group * PANEL, ahead);
                     continue;
                 }
             for (int64_t p = 0; p < panels; ++p)
@@ -232,7 +251,10 @@ struct Blocks {
                 const X* x = (const X*)prepared + (first + range.first) * padded + k;
                 auto multiply =
                     at((range.count() - 1) * PANELS + panels - 1, std::make_index_sequence<ROWS * PANELS>{});
-                multiply(sums + range.first * panels * PANEL, x, padded, scratch, count, w, k / group * PANEL);
+                const Range mine = split_range(panels, 1, part, parts);
+                ahead.from = next + mine.first * w.header->panel_bytes;
+                ahead.panels = mine.count();
+                multiply(sums + range.first * panels * PANEL, x, padded, scratch, count, w, k / group * PANEL, ahead);
             }
         }
     }
