@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.constants import constant
 from sageLLM.codegen.expr.functions import FunctionChecker
 from sageLLM.codegen.expr.operand_types import OperandTypes
 from sageLLM.codegen.expr.scope import Scope
@@ -113,7 +114,7 @@ class Checker:
         if op in ("//", "%") and not self.scope.is_integer(type_.element):
             message = f"`{op}`: expected integers, got {type_.element}"
             raise self.text.refuse("SAGE107", message, node, "write floor(a / b)")
-        if op in ("/", "//", "%") and isinstance(b, Number) and b.value == 0:
+        if op in ("/", "//", "%") and constant(right) == 0:
             raise self.text.refuse("SAGE103", "division by zero", right, "divide by a name or another number")
         if op == "**" and not b.type.is_literal:
             help = "write exp(b * log(a))"

@@ -34,19 +34,26 @@ def constant(node: ast.expr) -> Number | None:
             return None if inner is None else -inner
         case ast.BinOp(left=left, op=operation, right=right):
             a, b = constant(left), constant(right)
-            return None if a is None or b is None else _computed(node, operation, a, b)
+            if a is None or b is None:
+                return None
+            compute = _power if isinstance(operation, ast.Pow) else _OPERATIONS[type(operation)]
+            return _computed(node, lambda: compute(a, b))
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+            inner = constant(argument)
+            return None if inner is None else _computed(node, lambda: _FUNCTIONS[name](inner))
     return None
 
 
-def _computed(node: ast.expr, operation: ast.operator, a: Number, b: Number) -> Number:
+def _computed(node: ast.expr, compute: Callable[[], Number]) -> Number:
     try:
-        value = _power(a, b) if isinstance(operation, ast.Pow) else _OPERATIONS[type(operation)](a, b)
+        value = compute()
     except ZeroDivisionError:
         raise OutOfRange("division by zero", node) from None
     except OverflowError:
         raise OutOfRange("the value does not fit a 64-bit float", node) from None
     except ValueError as error:
-        raise OutOfRange(str(error), node) from None
+        name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        raise OutOfRange(f"{name} is not defined for this number" if name else str(error), node) from None
     if isinstance(value, float) and not math.isfinite(value):
         raise OutOfRange("the value does not fit a 64-bit float", node)
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
@@ -65,6 +72,9 @@ def _power(a: Number, b: Number) -> Number:
     value = a**b
     assert isinstance(value, int | float), "a power of a negative number has a whole exponent"
     return value
+
+
+_FUNCTIONS: dict[str, Callable[[Number], Number]] = {"exp": math.exp, "log": math.log, "sqrt": math.sqrt}
 
 
 def _refused(a: Number, b: Number) -> Number:

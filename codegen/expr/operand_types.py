@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import LEADING, Size
 from sageLLM.codegen.expr.syntax import Text
-from sageLLM.codegen.expr.tree import Binary, Expr, Number, Ref
-from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.expr.tree import Binary, Expr, Number, Ref, Unary
+from sageLLM.codegen.expr.types import LARGEST, ValueType
 
 _LITERAL_RANK = {"int": 0, "float": 1}
 _INTEGER_BITS = {"i8": 8, "i32": 32, "i64": 64}
@@ -33,7 +33,9 @@ class OperandTypes:
         return ValueType(element, self.dims(a.type.dims, b.type.dims, node))
 
     def _require_fits(self, x: Expr, element: str, node: ast.expr) -> None:
-        """Refuses an integer constant that the integer type of the other operand cannot represent."""
+        """Refuses a constant that the type of the other operand cannot represent."""
+        if self.scope.is_float(element):
+            self._require_finite(x, element, node)
         bits = _INTEGER_BITS.get(element)
         value = _integer(x)
         if bits is None or value is None:
@@ -43,6 +45,12 @@ class OperandTypes:
             message = f"{value} does not fit {element}, which has {low} to {high}"
             wider = "cast the other operand: i64(...)" if element != "i64" else "use a smaller constant"
             raise self.text.refuse("SAGE103", message, node, wider)
+
+    def _require_finite(self, x: Expr, element: str, node: ast.expr) -> None:
+        value, largest = _number(x), LARGEST.get(element, LARGEST["f32"])
+        if value is not None and abs(value) > largest:
+            message = f"{value:g} does not fit {element}, which has at most {largest:g}"
+            raise self.text.refuse("SAGE103", message, node, "use a smaller constant")
 
     def element(self, a: Expr, b: Expr) -> str | None:
         """The common element type, or None; a literal adopts the type of the other operand."""
@@ -90,6 +98,16 @@ class OperandTypes:
         if x.type.element not in ("bool", "truth"):
             message = f"expected a condition, got {kind_words(x)}"
             raise self.text.refuse("SAGE107", message, node, "write a comparison: ... > 0")
+
+
+def _number(x: Expr) -> float | None:
+    """The value of a number or its negation, or None."""
+    match x:
+        case Number(value=int() | float() as value) if not isinstance(value, bool):
+            return float(value)
+        case Unary(op="neg", x=Number(value=int() | float() as value)) if not isinstance(value, bool):
+            return -float(value)
+    return None
 
 
 def _integer(x: Expr) -> int | None:

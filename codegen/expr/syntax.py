@@ -164,17 +164,17 @@ def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = 
             raise text.refuse("SAGE102", words, node, help)
         if isinstance(node, ast.Constant):
             _check_constant(text, node)
-        if isinstance(node, ast.BinOp):
+        if isinstance(node, ast.BinOp | ast.Call):
             if id(node) not in inner:  # the outermost one is evaluated with its parts
                 _check_constant_parts(text, node)
-            inner |= {id(node.left), id(node.right)}
+            inner |= set(map(id, ast.iter_child_nodes(node)))
         if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
             check_grammar(text, node.func)
             raise text.refuse("SAGE102", "only named functions may be called", node.func, "write name(arguments)")
 
 
-def _check_constant_parts(text: Text, node: ast.BinOp) -> None:
-    """Refuses the innermost constant part without a usable value, such as `1.0 / 0.0`."""
+def _check_constant_parts(text: Text, node: ast.expr) -> None:
+    """Refuses the innermost constant part without a usable value, such as `1.0 / 0.0` and `log(-1.0)`."""
     try:
         constant(node)
     except OutOfRange as error:

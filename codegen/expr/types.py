@@ -11,6 +11,8 @@ from sageLLM.codegen.expr.syntax import Text, parse_expression
 
 FLOATS = ("f16", "bf16", "f32", "f64")
 INTEGERS = ("i8", "i32", "i64")
+LARGEST = {"f16": 65504.0, "bf16": 3.3895313892515355e38, "f32": 3.4028234663852886e38, "f64": 1.7976931348623157e308}
+"""The largest finite values."""
 DTYPES = ("bool", *INTEGERS, *FLOATS)
 
 MAX_RANK = 6

@@ -10,7 +10,7 @@ from sageLLM.codegen.expr.check import Checker
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Expr
-from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_type
+from sageLLM.codegen.expr.types import DIM_NAME, LARGEST, ValueType, parse_type
 from sageLLM.codegen.expr.value_names import RESERVED_FOR_OPERANDS, why_not_a_value_name
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import Attr, Operand
@@ -191,6 +191,8 @@ class SignatureLinker:
             raise self._refuse_default(name, f"the default of '{name}' must be of type {spec.type}")
         if spec.type in ("i32", "dim") and not _fits_i32(value):
             raise self._refuse_default(name, f"the default of '{name}' must be a 32-bit integer, got {value}")
+        if spec.type == "f32" and isinstance(value, int | float) and abs(value) > LARGEST["f32"]:
+            raise self._refuse_default(name, f"the default of '{name}' does not fit f32, got {value:g}")
         low, high = spec.min, spec.max
         if isinstance(value, int | float) and (
             (low is not None and value < low) or (high is not None and value > high)

@@ -75,7 +75,10 @@ def _report(detail: ErrorDetails, schema: type[Strict], doc: Document, sink: Sin
 
 
 def _unquoted(path: YamlPath, doc: Document) -> str | None:
-    """The remedy if a key is the rest of a text with a comma: `{doc: eps, added to x}` is read as two keys."""
+    """The remedy if a key is the rest of a text with a comma: `{doc: eps, added to x}` is read as two keys.
+
+    Both are on one line; a key without a value on a line of its own is no such rest.
+    """
     parent: Any = doc.data
     for step in path[:-1]:
         parent = parent[step]
@@ -83,7 +86,8 @@ def _unquoted(path: YamlPath, doc: Document) -> str | None:
         return None
     keys = list(parent)
     at = keys.index(path[-1])
-    before = [key for key in keys[:at] if parent[key] is not None]
+    line = doc.key_span(*path).line
+    before = [key for key in keys[:at] if parent[key] is not None and doc.key_span(*path[:-1], key).line == line]
     if not before or not isinstance(text := parent[before[-1]], str):
         return None
     rest = [str(key) for key in keys[keys.index(before[-1]) + 1 : at + 1]]
