@@ -58,7 +58,13 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
         return await run_server(service, sock, lambda ready, url: on_ready(service, ready, url))
 
     try:
+        if (reason := settings.why_invalid()) is not None:
+            raise SageError(reason)
         sock = bind(settings)
+    except (SageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
         print(f"loading {settings.model}", flush=True)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(main())

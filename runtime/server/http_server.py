@@ -88,8 +88,11 @@ def make_server(service: Service) -> DrainingServer:
 def bind(settings: ServerSettings) -> socket.socket:
     """The listening socket. Raises OSError if the address cannot be used."""
     if settings.uds is not None:
+        path = Path(settings.uds)
+        if path.exists() and not path.is_socket():
+            raise FileExistsError(f"uds must be a socket or a new name, got the file {path}")
+        path.unlink(missing_ok=True)  # of a server that was killed
         sock = socket.socket(socket.AF_UNIX)
-        Path(settings.uds).unlink(missing_ok=True)
         sock.bind(settings.uds)
         sock.listen(BACKLOG)
         return sock

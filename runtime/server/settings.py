@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
+
+POSITIVE = (
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+    "max_body_size",
+    "max_json_depth",
+    "max_header_size",
+    "max_header_count",
+    "header_timeout",
+    "body_timeout",
+    "keep_alive_timeout",
+)
+NOT_NEGATIVE = ("shutdown_timeout", "max_logprobs", "sse_keep_alive_interval")
 
 
 class Flag(NamedTuple):
@@ -71,3 +85,19 @@ class ServerSettings:
     @property
     def model_names(self) -> list[str]:
         return self.served_model_name or [self.model]
+
+    def why_invalid(self) -> str | None:
+        """The reason why the values cannot be used, or None."""
+        for name in (*POSITIVE, *NOT_NEGATIVE):
+            value, least = getattr(self, name), "above 0" if name in POSITIVE else "at least 0"
+            if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
+                return f"{name} must be {least}, got {value:g}"
+        if not 0 <= self.port < 2**16:
+            return f"port must be from 0 to 65535, got {self.port}"
+        if not all(self.api_key):
+            return "api_key must not be empty, as every request would have it"
+        if not all(self.model_names):
+            return "served_model_name must not be empty"
+        if not re.fullmatch(r"[a-zA-Z_]\w*", self.metrics_namespace, re.ASCII):
+            return f"metrics_namespace must have letters, digits and _ only, got {self.metrics_namespace!r}"
+        return None

@@ -14,6 +14,7 @@ from sageLLM.runtime.cli import serve
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.main import app
 from sageLLM.runtime.cli.serve_engine import EngineSpec, decode_spec, encode_spec
+from sageLLM.runtime.server.http_server import bind
 from sageLLM.runtime.server.settings import ServerSettings
 
 
@@ -83,6 +84,34 @@ def test_an_invalid_model_ends_with_its_reason(
     settings = ServerSettings(model=str(tmp_path), port=0, in_process=True)
     assert serve.serve_model(settings, EngineOptions()) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"api_key": ["a", ""]}, "api_key must not be empty"),
+        ({"port": 70_000}, "port must be from 0 to 65535, got 70000"),
+        ({"max_body_size": -1}, "max_body_size must be above 0, got -1"),
+        ({"header_timeout": float("nan")}, "header_timeout must be above 0, got nan"),
+        ({"shutdown_timeout": -1.0}, "shutdown_timeout must be at least 0, got -1"),
+        ({"metrics_namespace": "a-b"}, "metrics_namespace must have letters"),
+        ({"served_model_name": [""]}, "served_model_name must not be empty"),
+    ],
+)
+def test_invalid_settings_end_with_their_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setattr(serve, "configure_logs", lambda form, level: None)
+    assert serve.serve_model(ServerSettings(model="folder", **values), EngineOptions()) == 1
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
+
+
+def test_a_file_at_the_place_of_the_socket_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("kept")
+    with pytest.raises(FileExistsError, match="must be a socket or a new name"):
+        bind(ServerSettings(model="folder", uds=str(path)))
+    assert path.read_text() == "kept"
 
 
 def test_status_lists_the_workers_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
