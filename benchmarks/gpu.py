@@ -34,7 +34,7 @@ LIMITS = {
     "ceilings": 60, "launchers": 150, "decode": 100, "linear": 100, "prefill": 90, "others": 90, "engine": 150,
     "ranks": 90, "checks": 180,
 }  # fmt: skip
-"""Seconds of each part at most, in the order of their value: what comes late may be cut off."""
+"""Seconds of each part at most on a GPU, in the order of their value: what comes late may be cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = arguments.out.with_suffix(".rows")
     rows.unlink(missing_ok=True)
-    extra = ["--dry-run"] if arguments.dry_run else []
+    extra, limits = ([], LIMITS) if not arguments.dry_run else (["--dry-run"], dict.fromkeys(LIMITS, arguments.seconds))
     parts = [
-        Part(name, [sys.executable, str(CHILD), name, "--rows", str(rows), *extra], LIMITS[name], name == "ranks")
+        Part(name, [sys.executable, str(CHILD), name, "--rows", str(rows), *extra], limits[name], name == "ranks")
         for name in arguments.parts
     ]
     environ = {"PYTHONPATH": str(ROOT / "_dev")}

@@ -189,7 +189,10 @@ def attrs(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def needs(name: str, kernel: Any, target: GPUTarget) -> dict[str, Any]:
-    """Registers per thread, spills (a count on AMD, bytes on NVIDIA), bytes of shared memory, opcodes."""
+    """Registers per thread, spills (a count on AMD, bytes on NVIDIA), bytes of shared memory, opcodes.
+
+    On AMD also whether some loads have 16 bytes, which the files do not record.
+    """
     if target.backend == "hip":
         found = amd_needs(kernel.asm["amdgcn"])
     else:
@@ -226,7 +229,8 @@ def amd_needs(assembly: str) -> dict[str, Any]:
     registers, spilled = (
         int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[0]) for key in ("vgpr_count", "vgpr_spill_count")
     )
-    return {"registers": registers, "spilled": spilled, "opcodes": ["MFMA"] if "v_mfma" in assembly else []}
+    found = {"registers": registers, "spilled": spilled, "opcodes": ["MFMA"] if "v_mfma" in assembly else []}
+    return {**found, "loads_16_bytes": "load_dwordx4" in assembly}
 
 
 def size_needs(target: str, cases: Iterable[Case]) -> dict[str, dict[str, Any]]:
