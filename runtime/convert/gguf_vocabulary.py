@@ -58,23 +58,15 @@ def vocabulary_of(folder: Path, num_rows: int) -> dict[str, Any]:
 
 
 def _special(content: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids of special tokens, and whether texts begin with one."""
+    """The ids of special tokens, and whether texts begin and end with one."""
     ids = ids_of(content)
     found = {key: ids.get(tokenizer.special_tokens.get(role) or "") for role, key in ROLES.items()}
     ends = [i for i in (found["eos_token_id"], *sorted(tokenizer.eos_token_ids)) if i is not None]
     found |= dict(zip(_END_KEYS, dict.fromkeys(ends), strict=False))
     keys = {f"tokenizer.ggml.{key}": value for key, value in found.items() if value is not None}
-    return {**keys, "tokenizer.ggml.add_bos_token": _adds_bos(content.get("post_processor"))}
-
-
-def _adds_bos(processor: object) -> bool:
-    """Whether a post-processor, or one of a sequence of them, adds a token at the beginning."""
-    if not isinstance(processor, Mapping):
-        return False
-    if processor.get("type") == "Sequence":
-        return any(map(_adds_bos, processor["processors"]))
-    first = (processor.get("single") or [{}])[0]
-    return processor.get("type") == "TemplateProcessing" and "SpecialToken" in first
+    around = _ends(content)
+    adds = {"add_bos_token": around[0] is not None, "add_eos_token": around[-1] is not None}
+    return {**keys, **{f"tokenizer.ggml.{key}": value for key, value in adds.items()}}
 
 
 def _candidates(content: Mapping[str, Any], num_rows: int) -> Iterator[dict[str, Any]]:
@@ -146,7 +138,7 @@ def _added_settings(content: Mapping[str, Any]) -> object:
     return {i: one for i, one in settings.items() if any(one)}
 
 
-def _ends(content: Mapping[str, Any]) -> object:
+def _ends(content: Mapping[str, Any]) -> list[object]:
     """The ids around a text, which itself is None."""
     ids: list[object] = [None]
     for processor in _steps(content.get("post_processor"), "processors"):

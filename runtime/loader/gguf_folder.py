@@ -16,7 +16,7 @@ from sageLLM.runtime.loader.gguf_tokenizer import huggingface_tokenizer, tokeniz
 
 WEIGHTS = "model.gguf"
 SUFFIX = ".gguf"
-VERSION = b"3"
+VERSION = b"4"
 """Changes with the content of the folder."""
 NO_VOCABULARY = "none"
 """The kind of tokenizer of a file without one, or with one that only Hugging Face's format has."""

@@ -42,8 +42,11 @@ def tokenizer_of(header: GgufHeader) -> tuple[dict[str, Any], dict[str, Any]]:
     special = {name: tokens[i] for name, i in _special(header, len(tokens))}
     makers = {"gpt2": _byte_level, "llama": _sentence_piece}
     content = makers[kind](header, tokens, types, special)
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")
-    content["post_processor"] = _with_bos(content["post_processor"], special, tokens, adds_bos=bool(adds_bos))
+    ends = {
+        "bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        "eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+    }
+    content["post_processor"] = _template(special, tokens, ends)
     content["added_tokens"] = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": types[i] != USER}
@@ -169,20 +172,21 @@ def _merges_model(tokens: Sequence[str], merges: Sequence[str], unknown: str | N
     }
 
 
-def _with_bos(
-    plain: object, special: Mapping[str, str], tokens: Sequence[str], *, adds_bos: bool
-) -> dict[str, Any] | object:
-    """The post-processor that adds the first token, if the file has one and asks for it."""
-    bos = special.get("bos_token")
-    if bos is None or not adds_bos:
-        return plain
-    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = {"Sequence": {"id": "B", "type_id": 1}}
+def _template(special: Mapping[str, str], tokens: Sequence[str], ends: Mapping[str, bool]) -> dict[str, Any] | None:
+    """The post-processor that adds the tokens of the roles in `ends` around a text, if the file has them."""
+    names = {role: [special[role]] if adds and role in special else [] for role, adds in ends.items()}
+    added = {*names["bos_token"], *names["eos_token"]}
+    if not added:
+        return None
+    first, last = (
+        [{"SpecialToken": {"id": one, "type_id": 0}} for one in names[role]] for role in ("bos_token", "eos_token")
+    )
+    text, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
     return {
         "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, second],
-        "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}},
+        "single": [*first, text, *last],
+        "pair": [*first, text, *last, second, *last],
+        "special_tokens": {one: {"id": one, "ids": [tokens.index(one)], "tokens": [one]} for one in sorted(added)},
     }
 
 

@@ -216,6 +216,16 @@ def test_texts_have_the_same_tokens(content: dict[str, Any], make_checkpoint: Ma
     assert "added_tokens" not in content or other.eos_token_ids == own.eos_token_ids
 
 
+def test_a_token_after_a_text_has_a_key(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Embedding models read the state at such a token."""
+    source = with_tokenizer(make_checkpoint("Llama", **SMALL), tmp_path / "source", with_template("A", "<end>"))
+    convert(source, tmp_path / "m.gguf", REGISTRY)
+    found = read_gguf_header(tmp_path / "m.gguf").metadata
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"]) == (False, True)
+    assert Tokenizer.from_folder(gguf_folder(tmp_path / "m.gguf")).encode("he") == [94, 97]
+
+
 @pytest.mark.parametrize("form", ["int4-g32", "fp8-block", "awq-g32"])
 def test_a_quantised_folder_becomes_floats(form: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("Llama", **SMALL)
