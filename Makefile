@@ -93,7 +93,7 @@ types: $(TEST_READY) ## Check types with mypy --strict
 SANITIZE = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 SAGELLM_COMPILE_TIMEOUT=600 \
 	SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --timeout 1200
 
 sanitize: sanitize-threads sanitize-gemms $(TEST_READY) ## Run the CPU kernels' tests with the address, undefined-behaviour and thread sanitizers
 	$(SANITIZE) tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py

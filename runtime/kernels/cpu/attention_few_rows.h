@@ -36,36 +36,34 @@ struct Operand {
     int64_t line(int64_t at) const { return minimum(at * (int64_t)sizeof(bf16), ahead.row_bytes() - 1); }
 };
 
-// scores[ROWS, KEYS] = queries[ROWS, depth] keys[KEYS, width]^T; queries are padded with zeros to `depth`.
+// scores[ROWS, KEYS] = queries[ROWS, depth] keys[KEYS, width]^T; queries are padded with zeros to `depth`. Sums of four
+// panels of keys take turns, so that the products of one need not wait for each other.
 template <int ROWS>
 __attribute__((noinline)) void multiply_keys(float* scores, const bf16* queries, int64_t depth, Operand keys) {
-    constexpr int64_t PANELS = 2;
-    for (int64_t key = 0; key < KEYS; key += PANELS * PANEL) {
-        __m512 sum[PANELS][ROWS] = {};
-        for (int64_t at = 0; at < depth; at += DEPTH) {
-            const __mmask32 columns = active_lanes(at, keys.width);
-            const int64_t line = keys.line(at);
-#pragma GCC unroll 2
-            for (int64_t p = 0; p < PANELS; ++p) {
-                Floats words[LANES];
+    for (int64_t at = 0; at < depth; at += DEPTH) {
+        const __mmask32 columns = active_lanes(at, keys.width);
+        const int64_t line = keys.line(at);
+        for (int64_t key = 0; key < KEYS; key += PANEL) {
+            Floats words[LANES];
 #pragma GCC unroll 16
-                for (int64_t lane = 0; lane < LANES; ++lane) {
-                    words[lane] = (Floats)load_pairs(columns, keys.row[key + p * PANEL + lane] + at);
-                    keys.ahead.line(key + p * PANEL + lane, line);
-                }
-                transpose(words);
-#pragma GCC unroll 16
-                for (int64_t pair = 0; pair < LANES; ++pair)
-#pragma GCC unroll 6
-                    for (int64_t r = 0; r < ROWS; ++r)
-                        sum[p][r] = _mm512_dpbf16_ps(sum[p][r], (__m512bh)words[pair],
-                                                     pairs::broadcast_pair(queries + r * depth + at + 2 * pair));
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                words[lane] = (Floats)load_pairs(columns, keys.row[key + lane] + at);
+                keys.ahead.line(key + lane, line);
             }
-        }
+            transpose(words);
+            __m512 sum[ROWS];
 #pragma GCC unroll 6
-        for (int64_t r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-            for (int64_t p = 0; p < PANELS; ++p) _mm512_store_ps(scores + r * KEYS + key + p * PANEL, sum[p][r]);
+            for (int64_t r = 0; r < ROWS; ++r)
+                sum[r] = at ? _mm512_load_ps(scores + r * KEYS + key) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+            for (int64_t pair = 0; pair < LANES; ++pair)
+#pragma GCC unroll 6
+                for (int64_t r = 0; r < ROWS; ++r)
+                    sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)words[pair],
+                                              pairs::broadcast_pair(queries + r * depth + at + 2 * pair));
+#pragma GCC unroll 6
+            for (int64_t r = 0; r < ROWS; ++r) _mm512_store_ps(scores + r * KEYS + key, sum[r]);
+        }
     }
 }
 
