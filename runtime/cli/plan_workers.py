@@ -11,6 +11,7 @@ from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.modes import RoleSetup
 from sageLLM.runtime.sim.overheads import AddedCost
+from sageLLM.runtime.sim.pipeline import WHOLE
 
 BLOCK_SIZE = 16
 
@@ -49,15 +50,20 @@ class ModelWorkers:
     def _worker(self, tp: int, pp: int) -> RoleSetup | None:
         roofline = self._cost(tp)
         cost: StepCostModel = roofline
+        if pp > self._config.L:
+            return None
         if pp > 1:
             cost = AddedCost(roofline, [lambda work: (pp - 1) * roofline.stage_transfer_s(work.num_tokens)])
-        return self._fitting(cost, roofline.num_kv_blocks(BLOCK_SIZE, pipeline_depth=pp), pp)
+        num_blocks = roofline.num_kv_blocks(BLOCK_SIZE, pipeline_depth=pp)
+        return self._fitting(cost, num_blocks, roofline.stage_shares(pp))
 
-    def _fitting(self, cost: StepCostModel, num_blocks: int, num_shares: int = 1) -> RoleSetup | None:
+    def _fitting(
+        self, cost: StepCostModel, num_blocks: int, stage_shares: tuple[float, ...] = WHOLE
+    ) -> RoleSetup | None:
         """The worker, if each share of its KV, one per step in flight, holds the longest request."""
-        if num_blocks // num_shares * BLOCK_SIZE < self._longest:
+        if num_blocks // len(stage_shares) * BLOCK_SIZE < self._longest:
             return None
-        return RoleSetup(cost, KVBudget(num_blocks, BLOCK_SIZE))
+        return RoleSetup(cost, KVBudget(num_blocks, BLOCK_SIZE), stage_shares)
 
     def _cost(self, tp: int) -> RooflineStepCost:
         if tp not in self._costs:

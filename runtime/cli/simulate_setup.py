@@ -20,6 +20,7 @@ from sageLLM.runtime.sim.distserve import read_profile
 from sageLLM.runtime.sim.layer_profile import LayerProfileCost, ProfiledModel, tables_of
 from sageLLM.runtime.sim.modes import RoleSetup, Setup
 from sageLLM.runtime.sim.overheads import AddedCost, HostTime
+from sageLLM.runtime.sim.pipeline import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class _Device:
     cost: StepCostModel
     kv_budget: KVBudget | None
     transfer_s: Callable[[int], float]
+    stage_shares: tuple[float, ...] = WHOLE
 
 
 def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
@@ -50,7 +52,7 @@ def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
             "prefill": RoleSetup(prefill.cost, prefill.kv_budget),
             "decode": RoleSetup(decode.cost, decode.kv_budget),
         },
-        pipeline_depth=request.pipeline_depth,
+        stage_shares=device.stage_shares,
         expert_parallel_size=request.expert_parallel_size,
         enable_prefix_caching=request.prefix_caching,
         max_model_len=request.max_model_len,
@@ -112,7 +114,8 @@ def _device(request: SimulateRequest, tp: int) -> _Device:
     is_described = request.profile is None or request.hardware is not None
     budget = _kv_budget(request, roofline, is_described)
     cost = AddedCost(cost, extras) if extras else cost
-    return _Device(cost, budget, roofline.transfer_s if is_described else _no_transfer)
+    shares = roofline.stage_shares(request.pipeline_depth)
+    return _Device(cost, budget, roofline.transfer_s if is_described else _no_transfer, shares)
 
 
 def _from_coefficients(request: SimulateRequest, profile: Path, tp: int) -> _Device:

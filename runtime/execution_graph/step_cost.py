@@ -18,6 +18,7 @@ from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.passes.rewrite import RewritePass
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes, weight_reads
 from sageLLM.runtime.execution_graph.step_tables import Experts, StepTables
 from sageLLM.runtime.scheduler.step_cost import StepWork
 
@@ -47,6 +48,7 @@ class RooflineStepCost:
         kv_form: KvForm | None = None,
     ) -> None:
         self.hardware = hardware
+        self._layout, self._whole = layout, config
         self.config = layout.shard_config(config, tensor_parallel_size)
         self._kept_per_layer = kv_bytes(layout.cache(self.config), kv_form, DTYPES[dtype])
         self.dtype = dtype
@@ -65,10 +67,28 @@ class RooflineStepCost:
     def num_kv_blocks(self, block_size: int, memory_share: float = 0.9, pipeline_depth: int = 1) -> int:
         """KV blocks that fit next to the weights in a share of the device's memory; 0 if the weights do not fit.
 
-        With a pipeline each of `pipeline_depth` devices has an equal share of the layers.
+        With a pipeline of `pipeline_depth` devices the one with the least room for the KV of its layers decides. Raises
+        ConfigError if there are fewer layers than devices.
         """
-        room = self.hardware.memory_bytes * memory_share * pipeline_depth - self.weight_bytes
-        return max(0, int(room // (self.kv_bytes_per_token * block_size)))
+        room = self.hardware.memory_bytes * memory_share
+        if pipeline_depth == 1:
+            return max(0, int((room - self.weight_bytes) // (self.kv_bytes_per_token * block_size)))
+        sizes = choose_sizes(self._layout, self._whole, pipeline_depth)
+        block_bytes = self._kept_per_layer * block_size
+        blocks = [
+            (room - held) // (num_layers * block_bytes)
+            for num_layers, held in zip(sizes, stage_weight_bytes(self.graph, sizes), strict=True)
+        ]
+        return max(0, int(min(blocks)))
+
+    def stage_shares(self, num_stages: int) -> tuple[float, ...]:
+        """The part of the time of a step that each pipeline stage takes, by the weights that it reads.
+
+        Raises ConfigError if there are fewer layers than stages.
+        """
+        sizes = choose_sizes(self._layout, self._whole, num_stages)
+        read = weight_reads(self._layout, self._whole).of_stages(sizes)
+        return tuple(num_bytes / sum(read) for num_bytes in read)
 
     def transfer_s(self, num_tokens: int) -> float:
         """Seconds to transfer the KV of `num_tokens` tokens to another device."""
@@ -112,6 +132,21 @@ def weight_bytes(graph: ExecutionGraph, expert_parallel_size: int) -> int:
     for name, ref in graph.weights.items():
         total += _num_bytes(ref.shape, ref.dtype) // (expert_parallel_size if name in stacked else 1)
     return total
+
+
+def stage_weight_bytes(graph: ExecutionGraph, sizes: Sequence[int]) -> list[int]:
+    """Bytes of the weights on each device of a pipeline in stages of so many layers."""
+    stage_of_layer = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    held: list[dict[str, int]] = [{} for _ in sizes]
+    outside = 0
+    for node in graph.topological_sort():
+        if node.layer_id is not None:
+            outside = len(sizes) - 1
+        stage = outside if node.layer_id is None else stage_of_layer[node.layer_id]
+        for ref in node.inputs:
+            if ref.name in graph.weights:
+                held[stage][ref.name] = _num_bytes(ref.shape, ref.dtype)
+    return [sum(weights.values()) for weights in held]
 
 
 def _rewrite(graph: ExecutionGraph, level: Level) -> None:

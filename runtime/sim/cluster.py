@@ -10,7 +10,7 @@ from sageLLM.runtime.scheduler.batch import KVMigration
 from sageLLM.runtime.scheduler.request import Request
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.metrics import Timeline
-from sageLLM.runtime.sim.pipeline import Stages
+from sageLLM.runtime.sim.pipeline import WHOLE, Stages
 from sageLLM.runtime.sim.worker import LiveRequest, MakeScheduler, VirtualClock, Worker
 
 Event = Callable[[], None]
@@ -99,9 +99,9 @@ MakeCluster = Callable[[EventQueue], Cluster]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The workers of one role: their scheduler and costs, their number, and the depth of their pipelines.
+    """The workers of one role: their scheduler and costs, their number, and the shares of a step of its stages.
 
-    With a depth above 1 a worker has that many steps in flight: either those of one scheduler that plans a step while
+    With several stages a worker has that many steps in flight: either those of one scheduler that plans a step while
     others are pending (`shares_scheduler`), as vLLM does, or one each of as many schedulers with separate requests and
     KV, as DistServe does. With `plans_ahead` each worker plans a step while another one runs. `make_scheduler` is
     called once per scheduler.
@@ -110,7 +110,7 @@ class Kind:
     make_scheduler: MakeScheduler
     cost: StepCostModel
     num_workers: int = 1
-    depth: int = 1
+    stage_shares: tuple[float, ...] = WHOLE
     shares_scheduler: bool = False
     plans_ahead: bool = False
 
@@ -119,10 +119,10 @@ class Kind:
         return [worker for _ in range(self.num_workers) for worker in self._lanes(clock)]
 
     def _lanes(self, clock: VirtualClock) -> list[Worker]:
-        stages = Stages(self.depth)
+        stages = Stages(self.stage_shares)
         first = Worker(self.make_scheduler(clock), self.cost, clock, stages, self.plans_ahead)
         lanes = [first]
-        for _ in range(self.depth - 1):
+        for _ in range(len(self.stage_shares) - 1):
             scheduler = first.scheduler if self.shares_scheduler else self.make_scheduler(clock)
             lanes.append(Worker(scheduler, self.cost, clock, stages))
             if self.shares_scheduler:
@@ -163,7 +163,7 @@ class Lockstep(Colocated):
 
     def __init__(self, events: EventQueue, kind: Kind, size: int) -> None:
         super().__init__(events, kind)
-        assert kind.depth == 1, "workers that step together have one step in flight"
+        assert len(kind.stage_shares) == 1, "workers that step together have one step in flight"
         starts = range(0, len(self.workers), size)
         self._group_of = {worker: self.workers[i : i + size] for i in starts for worker in self.workers[i : i + size]}
 

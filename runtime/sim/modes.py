@@ -13,6 +13,7 @@ from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
 from sageLLM.runtime.sim.cluster import Cluster, Colocated, EventQueue, Kind, Lockstep, MakeCluster
 from sageLLM.runtime.sim.disaggregated import Disaggregated, Paired
+from sageLLM.runtime.sim.pipeline import WHOLE
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
 SimMode = Literal["strict", "prefill_first", "time_share", "hybrid", "vllm", "auto"]
@@ -23,11 +24,14 @@ DEFAULT_KV = KVBudget(num_blocks=2**18)
 
 @dataclass(frozen=True, slots=True)
 class RoleSetup:
-    """Workers of one role: the cost of a step, the KV of a worker (None: unbounded), and its stages (None: as all)."""
+    """Workers of one role: the cost of a step, the KV of a worker (None: unbounded), and its stages (None: as all).
+
+    `stage_shares` are the parts of the time of a step that its stages take.
+    """
 
     cost: StepCostModel
     kv_budget: KVBudget | None = None
-    pipeline_depth: int | None = None
+    stage_shares: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class Setup:
 
     Strict mode has `num_prefill` prefill workers and `num_decode` decode workers; the other modes have the same total,
     or `num_workers`, each worker with a share of the requests. `roles` can override cost and KV of the two roles.
-    A worker is a pipeline of `pipeline_depth` stages; `cost` is that of all stages together. In modes besides strict,
-    groups of `expert_parallel_size` workers step together.
+    A worker is a pipeline with a stage for each of `stage_shares`, its part of the time of a step; `cost` is that of
+    all stages together. In modes besides strict, groups of `expert_parallel_size` workers step together.
 
     With `async_scheduling` a worker plans each step when the one before it starts, as the engine does. It has no effect
     in strict mode and in pipelines. `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode
@@ -52,7 +56,7 @@ class Setup:
     scheduler: PDSchedulerConfig = field(default_factory=PDSchedulerConfig)
     num_workers: int | None = None
     roles: Mapping[RoleName, RoleSetup] = field(default_factory=dict)
-    pipeline_depth: int = 1
+    stage_shares: tuple[float, ...] = WHOLE
     expert_parallel_size: int = 1
     enable_prefix_caching: bool = True
     max_model_len: int | None = None
@@ -64,7 +68,7 @@ class Setup:
     @property
     def plans_ahead(self) -> bool:
         """Whether workers with both phases plan a step ahead."""
-        return self.async_scheduling and self.pipeline_depth == 1
+        return self.async_scheduling and len(self.stage_shares) == 1
 
     def role(self, name: RoleName) -> RoleSetup:
         """The workers of a role."""
@@ -84,12 +88,12 @@ def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
         config = replace(setup.scheduler, mode="time_share", max_consecutive_decodes=0)
     else:
         config = replace(setup.scheduler, mode=mode)
-    return _colocated(_pd_scheduler(config, _share(setup.kv_budget, setup), setup.max_model_len), setup)
+    return _colocated(_pd_scheduler(config, _share(setup.kv_budget, setup.stage_shares), setup.max_model_len), setup)
 
 
 def _colocated(make_scheduler: MakeScheduler, setup: Setup, shares_scheduler: bool = False) -> MakeCluster:
     num_workers = setup.num_workers or setup.num_prefill + setup.num_decode
-    kind = Kind(make_scheduler, setup.cost, num_workers, setup.pipeline_depth, shares_scheduler, setup.plans_ahead)
+    kind = Kind(make_scheduler, setup.cost, num_workers, setup.stage_shares, shares_scheduler, setup.plans_ahead)
 
     def build(events: EventQueue) -> Cluster:
         size = setup.expert_parallel_size
@@ -98,15 +102,15 @@ def _colocated(make_scheduler: MakeScheduler, setup: Setup, shares_scheduler: bo
     return build
 
 
-def _share(budget: KVBudget | None, setup: Setup) -> KVBudget | None:
+def _share(budget: KVBudget | None, stage_shares: tuple[float, ...]) -> KVBudget | None:
     """The KV of one scheduler of a worker with a pipeline, which has as many schedulers as stages."""
-    return None if budget is None else replace(budget, num_blocks=max(1, budget.num_blocks // setup.pipeline_depth))
+    return None if budget is None else replace(budget, num_blocks=max(1, budget.num_blocks // len(stage_shares)))
 
 
 def _strict(events: EventQueue, setup: Setup) -> Cluster:
     """One scheduler per pair of workers if the numbers are equal, else one per worker, with requests handed over."""
     prefill, decode = setup.role("prefill"), setup.role("decode")
-    depths = {role.pipeline_depth or setup.pipeline_depth for role in (prefill, decode)}
+    depths = {len(role.stage_shares or setup.stage_shares) for role in (prefill, decode)}
     if setup.num_prefill == setup.num_decode and depths == {1}:
         budget = _pair_budget(prefill.kv_budget, decode.kv_budget)
         strict = _pd_scheduler(replace(setup.scheduler, mode="strict"), budget, setup.max_model_len)
@@ -128,9 +132,9 @@ def _pair_budget(prefill: KVBudget | None, decode: KVBudget | None) -> KVBudget 
 
 def _role_workers(setup: Setup, role: RoleSetup, mode: Literal["time_share", "hybrid"], num_workers: int) -> Kind:
     config = replace(setup.scheduler, mode=mode)
-    depth = role.pipeline_depth or setup.pipeline_depth
-    budget = _share(role.kv_budget, replace(setup, pipeline_depth=depth))
-    return Kind(_pd_scheduler(config, budget, setup.max_model_len), role.cost, num_workers, depth)
+    shares = role.stage_shares or setup.stage_shares
+    budget = _share(role.kv_budget, shares)
+    return Kind(_pd_scheduler(config, budget, setup.max_model_len), role.cost, num_workers, shares)
 
 
 def _pd_scheduler(
@@ -164,7 +168,7 @@ def _running_first(setup: Setup) -> MakeScheduler:
 def _auto(setup: Setup) -> MakeScheduler:
     """A scheduler per worker that selects its mode by the worker's own traffic."""
     config = replace(setup.scheduler, mode="auto")
-    budget = _share(setup.kv_budget, setup)
+    budget = _share(setup.kv_budget, setup.stage_shares)
 
     def make(clock: VirtualClock) -> BaseScheduler:
         chooser = ForecastChooser(setup.cost, setup.objective)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.sim.modes import RoleName, RoleSetup, Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.pipeline import WHOLE, equal_shares
 from sageLLM.runtime.sim.planner import Candidate
 
 CHUNK_SIZES = (512, 2048)
@@ -103,7 +104,7 @@ class Space:
             assert worker is not None
             for mode, size in modes:
                 choice = Choice({"both": shape}, mode, size)
-                setup = self._setup(worker, size, num_workers=shape.count, pipeline_depth=one.pp)
+                setup = self._setup(self._role(one), size, num_workers=shape.count)
                 yield choice, _candidate(choice, "together", setup, worker, worker)
 
     def _disaggregated(self) -> Iterator[tuple[Choice, Candidate]]:
@@ -133,7 +134,7 @@ class Space:
     def _role(self, shape: Shape) -> RoleSetup:
         worker = self.workers.worker(shape.tp, shape.pp)
         assert worker is not None
-        return replace(worker, pipeline_depth=shape.pp)
+        return replace(worker, stage_shares=worker.stage_shares or equal_shares(shape.pp))
 
     def _attention_ffn(self) -> Iterator[tuple[Choice, Candidate]]:
         for num_ffn in range(1, self.num_devices):
@@ -147,7 +148,7 @@ class Space:
                 setup = self._setup(worker, CHUNK_SIZES[0], num_workers=num_attention)
                 yield choice, _candidate(choice, "attention_ffn", setup, worker, worker)
 
-    def _setup(self, worker: RoleSetup, chunk_size: int | None, num_workers: int, pipeline_depth: int = 1) -> Setup:
+    def _setup(self, worker: RoleSetup, chunk_size: int | None, num_workers: int) -> Setup:
         """Equal workers that do both prefill and decode."""
         size = chunk_size or self.scheduler.prefill_chunk_size
         return Setup(
@@ -156,7 +157,7 @@ class Space:
             worker.kv_budget,
             scheduler=replace(self.scheduler, prefill_chunk_size=size),
             num_workers=num_workers,
-            pipeline_depth=pipeline_depth,
+            stage_shares=worker.stage_shares or WHOLE,
         )
 
 

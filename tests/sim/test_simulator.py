@@ -13,7 +13,7 @@ from sageLLM.runtime.scheduler.step_cost import StepWork
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstScheduler
 from sageLLM.runtime.sim.metrics import Slo, Summary, Timeline
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
-from sageLLM.runtime.sim.pipeline import Stages
+from sageLLM.runtime.sim.pipeline import Stages, equal_shares
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import TraceRequest
 
@@ -40,7 +40,7 @@ def run(
 ) -> tuple[list[Timeline], Simulation]:
     config = scheduler or PDSchedulerConfig()
     setup = Setup(PerToken(), lambda tokens: 0.001 * tokens, kv_budget, *workers, config)
-    setup = dataclasses.replace(setup, pipeline_depth=depth, max_model_len=max_model_len)
+    setup = dataclasses.replace(setup, stage_shares=equal_shares(depth), max_model_len=max_model_len)
     setup = dataclasses.replace(setup, async_scheduling=async_scheduling)
     simulation = Simulation(make_cluster(mode, setup))
     return simulation.run(trace), simulation
@@ -106,11 +106,14 @@ def test_a_pipeline_starts_a_step_while_others_are_in_flight() -> None:
 
 
 def test_stages_are_passed_in_order() -> None:
-    stages = Stages(2)
+    stages = Stages(equal_shares(2))
     assert stages.start(0.0, 4.0) == pytest.approx(4.0) and stages.free_s == pytest.approx(2.0)
     assert stages.start(2.0, 1.0) == pytest.approx(4.5), "the short step waits for the second stage until 4 s"
     assert stages.free_s == pytest.approx(2.5)
     assert Stages().start(1.0, 4.0) == pytest.approx(5.0)
+    uneven = Stages((0.25, 0.75))
+    assert uneven.start(0.0, 4.0) == pytest.approx(4.0) and uneven.free_s == pytest.approx(1.0)
+    assert uneven.start(1.0, 4.0) == pytest.approx(7.0), "the second stage is free at 4 s and takes 3 s"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,7 +14,8 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.kv_form import KV_FORMS
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
-from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes
+from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost, stage_weight_bytes
 from sageLLM.runtime.scheduler.step_cost import CoefficientCost, Coefficients, PromptChunk, StepWork
 
 PLAIN = Coefficients((10.0, 0.1, 0.001), (5.0, 0.01, 0.2), (4.0, 0.01, 0.3), threshold=3)
@@ -209,3 +210,18 @@ def test_a_fused_all_reduce_sends_what_a_plain_one_sends() -> None:
     )
     for work in WORKS:
         assert fused.link_s(work) == pytest.approx(plain.link_s(work))
+
+
+def test_stages_have_shares_and_room_of_their_layers() -> None:
+    """The head is as large as many layers: the last stage has fewer of them, and the first one less room for KV."""
+    config = LAYOUT.read_config(HFConfig({**LAYOUT.tiny, "num_hidden_layers": 8, "vocab_size": 4096}))
+    hardware = dataclasses.replace(H100, memory_bytes=4_000_000)
+    cost = RooflineStepCost(LAYOUT, config, hardware)
+    sizes = choose_sizes(LAYOUT, config, 2)
+    assert sizes == (7, 1)
+    assert sum(cost.stage_shares(2)) == pytest.approx(1.0) and cost.stage_shares(1) == (1.0,)
+    held = stage_weight_bytes(cost.graph, sizes)
+    per_layer = cost.kv_bytes_per_token * 16 // 8
+    room = [int((0.9 * 4_000_000 - one) // (count * per_layer)) for one, count in zip(held, sizes, strict=True)]
+    assert cost.num_kv_blocks(16, pipeline_depth=2) == min(room) == room[0] < room[1]
+    assert sum(held) >= cost.weight_bytes
