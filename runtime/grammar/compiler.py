@@ -84,6 +84,8 @@ class GrammarCompiler:
         text = grammar_text(params)
         matcher = LLMatcher(self._vocabulary(eos_ids), text, log_level=0)
         problems = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+        if not problems and _is_empty(matcher):
+            problems = ["no text of the model's tokens has this form"]
         if problems:
             raise SamplingParamsError(f"{FIELD}.{params.kind}: {_reason(problems[0])}", FIELD)
         return matcher
@@ -108,6 +110,13 @@ class GrammarCompiler:
     def _read(self) -> TokenizerText:
         tokenizer = self._tokenizer or Tokenizer.from_folder(self._folder)
         return TokenizerText(tokenizer.to_json(), tokenizer.vocab_size)
+
+
+def _is_empty(matcher: Any) -> bool:
+    """Whether the grammar has no first token and no end, as of a schema that only refers to itself."""
+    first = matcher.deep_copy()
+    first.compute_logit_bias()
+    return bool(first.is_error())
 
 
 def _reason(error: str) -> str:

@@ -21,8 +21,11 @@ T = TypeVar("T")
 
 
 class StreamOptions(Struct, kw_only=True):
+    """`include_obfuscation` is accepted: this server pads no events."""
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class Sampled(Struct, kw_only=True):
@@ -286,6 +289,10 @@ def decode_body(values: dict[str, Any], kind: type[T], *, is_lenient: bool) -> t
             ignored.append(name)
         else:
             raise ApiError(400, _unknown(name, known), name)
+    options = taken.get("stream_options")
+    for name in options if isinstance(options, dict) else ():
+        if name not in StreamOptions.__struct_fields__ and not is_lenient:
+            raise ApiError(400, f"stream_options: {_unknown(name, StreamOptions.__struct_fields__)}", "stream_options")
     try:
         return msgspec.convert(taken, kind), ignored
     except msgspec.ValidationError as error:

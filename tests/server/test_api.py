@@ -194,6 +194,11 @@ def test_models_version_tokens(server: TestServer) -> None:
             "stream_options",
             "only be defined when `stream=True`",
         ),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"include_usag": True}},
+            "stream_options",
+            "unknown field 'include_usag'; did you mean 'include_usage'?",
+        ),
         ({"prompt": "a", "logprobs": -2}, "logprobs", "`logprobs` must be a positive value."),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "greater than max allowed: 20"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4 strings"),

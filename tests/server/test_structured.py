@@ -66,6 +66,7 @@ def test_the_client_parses_a_typed_answer(server: TestServer) -> None:
     [
         ({"structured_outputs": {"json": {"uniqueItems": True}}}, "keyword 'uniqueItems' at $ is not enforced", None),
         ({"structured_outputs": {"regex": "("}}, "invalid regex", None),
+        ({"structured_outputs": {"json": {"$ref": "#"}}}, "no text of the model's tokens has this form", None),
         ({"structured_outputs": {"regexp": "a"}}, "must have only the fields", None),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 3}, "min_tokens must be 0", "min_tokens"),
         ({"response_format": {"type": "xml"}}, "response_format.type must be one of text", "response_format"),
