@@ -47,8 +47,8 @@ class Channel(Protocol):
     def process_id(self) -> int | None: ...
 
     @property
-    def is_behind(self) -> bool:
-        """Whether another event has arrived behind the one that `on_event` has now."""
+    def has_next_event(self) -> bool:
+        """Whether another event has arrived after the one that `on_event` has now."""
         ...
 
 
@@ -59,13 +59,13 @@ class Receiver(asyncio.Protocol):
         self._on_event, self._on_end = on_event, on_end
         self._decoder = msgspec.msgpack.Decoder(Event)
         self._buffer = bytearray()
-        self.is_behind = False
+        self.has_next_event = False
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         messages = self._whole_messages()
         for number, message in enumerate(messages, start=1):
-            self.is_behind = number < len(messages)
+            self.has_next_event = number < len(messages)
             self._on_event(self._decoder.decode(message))
 
     def _whole_messages(self) -> list[bytes]:
@@ -119,8 +119,8 @@ class ProcessChannel:
         self._transport.write(frame(self._spec))
 
     @property
-    def is_behind(self) -> bool:
-        return self._receiver is not None and self._receiver.is_behind
+    def has_next_event(self) -> bool:
+        return self._receiver is not None and self._receiver.has_next_event
 
     def send(self, command: Command) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -165,7 +165,7 @@ class ThreadChannel:
         self._serve = serve
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.is_behind = False
+        self.has_next_event = False
 
     @property
     def process_id(self) -> int | None:

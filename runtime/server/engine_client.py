@@ -210,7 +210,7 @@ class EngineClient:
                 for delta in deltas:
                     if (inbox := self._inboxes.get(delta.request_id)) is not None:
                         self._arrived.setdefault(inbox, []).append(delta)
-                if not channel.is_behind:
+                if not channel.has_next_event:
                     self._deliver()
                 if load is not None:
                     self.load = load
@@ -232,7 +232,7 @@ class EngineClient:
                 self._settle_start(EngineError(message))
 
     def _deliver(self) -> None:
-        """Hands over what has arrived: deltas of several steps at once, if this process is behind the engine."""
+        """Hands over what has arrived: deltas of several steps at once, if they arrived together."""
         arrived, self._arrived = self._arrived, {}
         for inbox, deltas in arrived.items():
             inbox.push(deltas)

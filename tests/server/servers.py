@@ -112,7 +112,7 @@ class ScriptedChannel:
         self.submitted: dict[str, Submit] = {}
         self.aborted: list[Abort] = []
         self.arrived = threading.Semaphore(0)
-        self.is_behind = False
+        self.has_next_event = False
         self.loop: asyncio.AbstractEventLoop
 
     @property

@@ -58,12 +58,12 @@ def test_events_are_read_however_they_arrive(sizes: list[int], cuts: list[int]) 
     events = [Step([Delta("a", 0, list(range(size)))]) for size in sizes]
     data = b"".join(map(channel.frame, map(msgspec.msgpack.encode, events)))
     found: list[tuple[Event, bool]] = []
-    receiver = channel.Receiver(lambda event: found.append((event, receiver.is_behind)), lambda: None)
+    receiver = channel.Receiver(lambda event: found.append((event, receiver.has_next_event)), lambda: None)
     ends = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
     for start, end in pairwise(ends):
         num_before = len(found)
         receiver.data_received(data[start:end])
-        flags = [is_behind for _, is_behind in found[num_before:]]
+        flags = [has_next_event for _, has_next_event in found[num_before:]]
         assert flags == [True] * (len(flags) - 1) + [False] * bool(flags)
     assert [event for event, _ in found] == events
 
@@ -80,7 +80,7 @@ def streamed(path: str, body: dict[str, Any], **settings: Any) -> tuple[str, lis
         [name] = engine.submitted
         for number, ids in enumerate(STEPS):
             first = {"num_cached_tokens": 0, "queue_seconds": 0.0} if number == 0 else {}
-            engine.is_behind = number == 1
+            engine.has_next_event = number == 1
             reason = "length" if number == len(STEPS) - 1 else None
             engine.emit_tokens(name, ids, reason, **first)
             time.sleep(0.02)
