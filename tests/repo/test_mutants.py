@@ -12,12 +12,15 @@ from run import MUTANTS
 # In another process: this one may have imported the module already.
 REPORT = """
 from pathlib import Path
+import run
 from mutant import Mutant
-from run import run_all
+run.MAX_CPU_S = 4
 file, tests = "runtime/kv/block_pool.py", ("tests/kv/test_manager.py::test_sizes_must_be_positive",)
 wrong = Mutant("no check", file, "if num_blocks is not None and num_blocks < 1:", "if False:", tests)
 harmless = Mutant("nothing", file, "A pool of `num_blocks` KV blocks", "The pool of `num_blocks` KV blocks", tests)
-print(run_all([wrong, harmless], 2, Path({folder!r})))
+check = "if num_blocks is not None and num_blocks < 1:"
+endless = Mutant("endless", file, check, "if any(iter(int, 1)):", tests)
+print(run.run_all([wrong, harmless, endless], 2, Path({folder!r})))
 """
 
 
@@ -44,6 +47,7 @@ def test_the_tests_of_a_mutant_exist() -> None:
 
 
 def test_a_mutant_that_no_test_catches_is_reported(tmp_path: Path) -> None:
+    """One that makes the tests run without end is caught."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", REPORT.format(folder=str(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=ROOT)
