@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from typing import Any
 from disaggregation_control import PromptsApart
 from disaggregation_goodput import measure_rates
 from disaggregation_transfers import measure_bandwidth
+from machine import machine_facts
 from peers.shapes import SHAPES, checkpoint
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
@@ -56,6 +59,8 @@ FIGURES: dict[str, Sequence[str]] = {
 NUM_DECODES = 4
 PROMPT_LEN = 2000
 PROMPT_LENS = (256, 1024, 4096)
+WINDOW_SECONDS = 0.1
+"""`tail --json` has the longest time between two tokens in each window of this length."""
 
 
 def main() -> None:
@@ -66,7 +71,8 @@ def main() -> None:
         "--seconds", type=float, default=12.0, help="of each phase of `tail`, of each rate of `goodput`"
     )
     parser.add_argument("--interval", type=float, default=6.0, help="seconds between two prompts of `tail`")
-    parser.add_argument("--only", default="", help="modes of `tail` with this text in their names")
+    parser.add_argument("--only", default="", help="rows with this regular expression in their names")
+    parser.add_argument("--json", type=Path, help="file for the figures of `tail`, of which docs/images draws some")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prefill step of `streaming`")
     parser.add_argument("--out", type=Path, default=Path("trace.json"), help="file of `trace`")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -80,9 +86,47 @@ def main() -> None:
         measure: Callable[[Path, str, argparse.Namespace], dict[str, Any]] = globals()[f"measure_{options.figure}"]
         print(json.dumps(measure(model, options.one, options)))
         return
+    machine_load, rows = os.getloadavg()[0], dict[str, Any]()
     for name in FIGURES[options.figure]:
-        if options.only in name:
-            print(f"{name:<28} {_in_process(name)}", flush=True)
+        if re.search(options.only, name):
+            found = json.loads(_in_process(name))
+            rows[name] = found
+            shown = {key: value for key, value in found.items() if key != "windows"}
+            print(f"{name:<28} {json.dumps(shown)}", flush=True)
+    print(ratios(options.figure, rows))
+    if options.json is not None:
+        prompts = [index * options.interval for index in range(math.ceil(options.seconds / options.interval))]
+        facts = {
+            "machine": machine_facts(),
+            "load": round(machine_load, 1),
+            "prompts_s": prompts,
+            "window_s": WINDOW_SECONDS,
+        }
+        options.json.write_text(json.dumps(facts | {"rows": rows}) + "\n", encoding="utf-8")
+
+
+def ratios(figure: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Ratios within the run, which say more than figures of a busy machine."""
+    if figure == "tail" and len(rows) > 1:
+        least = min(row["burst_p99_ms"] for row in rows.values())
+        return "p99 with prompts, to the least: " + _joined({n: r["burst_p99_ms"] / least for n, r in rows.items()})
+    if figure == "streaming" and "whole" in rows:
+        return "\n".join(
+            f"second token of {length}, to sending at the end: "
+            + _joined({name: row[length][1] / rows["whole"][length][1] for name, row in rows.items()})
+            for length in rows["whole"]
+        )
+    if figure == "goodput":
+        return "\n".join(
+            f"share of {rate} within the objective: "
+            + _joined({name: row[rate][1] / row[rate][0] for name, row in rows.items() if row[rate][0]})
+            for rate in next(iter(rows.values()), {})
+        )
+    return ""
+
+
+def _joined(found: dict[str, float]) -> str:
+    return "; ".join(f"{name} {ratio:.2f}" for name, ratio in found.items())
 
 
 def _in_process(name: str) -> str:
@@ -132,6 +176,16 @@ class Clock:
             found += [1e3 * (b - a) for a, b in itertools.pairwise(times[1:]) if start <= b < end]
         return sorted(found)
 
+    def longest(self, names: list[str], start: float, end: float) -> list[tuple[float, float]]:
+        """The longest gap that ended in each window of a period with tokens: the window's end and milliseconds."""
+        found = dict[int, float]()
+        for name in names:
+            for a, b in itertools.pairwise(self.times[name][1:]):
+                if start <= b < end:
+                    window = int((b - start) / WINDOW_SECONDS)
+                    found[window] = max(found.get(window, 0.0), 1e3 * (b - a))
+        return [(round((one + 1) * WINDOW_SECONDS, 2), round(found[one], 1)) for one in sorted(found)]
+
 
 def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds between tokens of running decodes, quiet and while prompts arrive.
@@ -171,6 +225,7 @@ def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[st
         "burst_p99_over_quiet_p99": round(_share(busy, 0.99) / _share(quiet, 0.99), 2),
         "prompts": len(firsts),
         "ttft_p50_ms": round(_share(sorted(firsts), 0.5)) if firsts else None,
+        "windows": clock.longest(names, burst, end),
     }
 
 

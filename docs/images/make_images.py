@@ -1,4 +1,4 @@
-"""Makes the pictures of the README: the SVG files, and with Chromium on the path the pictures of the graph page.
+"""Makes the pictures of the README and the docs: the SVG files, and with Chromium on the path those of the graph page.
 
 python docs/images/make_images.py [--svg-only]
 """
@@ -12,10 +12,15 @@ import architecture
 import badges
 import graph_page
 import measured
+import token_times
 from svg import THEMES
 
 HERE = Path(__file__).parent
-DRAWINGS = {"architecture": architecture.draw, **({"measured": measured.draw} if measured.has_comparison() else {})}
+DRAWINGS = {
+    "architecture": architecture.draw,
+    "token-times": token_times.draw,
+    **({"measured": measured.draw} if measured.has_comparison() else {}),
+}
 
 
 def svg_files() -> dict[Path, str]:

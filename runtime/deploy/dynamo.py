@@ -11,7 +11,7 @@ ENVIRONMENT = {"DYN_FILE_KV": "/tmp/dynamo", "DYN_EVENT_PLANE": "zmq"}
 
 def dynamo_processes(placement: Placement) -> list[Process]:
     """The frontend with the API, and its workers. Raises DeployError for engines on several hosts."""
-    found = [Process("frontend", LOCAL_HOST, frontend_command(placement, "file"), ENVIRONMENT)]
+    found = [Process("frontend", LOCAL_HOST, frontend_command(placement, "file", LOCAL_HOST), ENVIRONMENT)]
     if has_engine_per_worker(placement):
         for role in placement.roles.values():
             command = worker_command(placement, role)
@@ -30,10 +30,10 @@ def has_engine_per_worker(placement: Placement) -> bool:
     return placement.is_disaggregated and placement.transport == "tcp"
 
 
-def frontend_command(placement: Placement, discovery: str) -> tuple[str, ...]:
-    """Dynamo's frontend, with the API on all addresses."""
-    frontend = ("python", "-m", "dynamo.frontend", "--http-port", str(placement.http_port))
-    return (*frontend, "--discovery-backend", discovery)
+def frontend_command(placement: Placement, discovery: str, host: str) -> tuple[str, ...]:
+    """Dynamo's frontend, with the API on this address; its own default is all of them."""
+    address = ("--http-host", host, "--http-port", str(placement.http_port))
+    return ("python", "-m", "dynamo.frontend", *address, "--discovery-backend", discovery)
 
 
 def worker_command(placement: Placement, role: Role, **options: object) -> tuple[str, ...]:

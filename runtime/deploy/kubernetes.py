@@ -7,6 +7,8 @@ from sageLLM.runtime.deploy.dynamo import frontend_command, has_engine_per_worke
 from sageLLM.runtime.deploy.launch import engines, flags, server_options
 from sageLLM.runtime.deploy.placement import DeployError, Placement, Resources, Role, Secret
 
+ALL_ADDRESSES = "0.0.0.0"
+"""Of a pod, which the Service reaches."""
 ETCD = {"ETCD_ENDPOINTS": "http://etcd:2379", "DYN_EVENT_PLANE": "zmq"}
 """Dynamo's discovery by the Service `etcd` of the namespace, and events without NATS."""
 
@@ -86,7 +88,7 @@ def manifests(placement: Placement) -> Manifests:
 
 def _set(placement: Placement, role: Role, options: Mapping[str, object], num_engines: int) -> LeaderWorkerSet:
     serve = _plain("sagellm", "serve", placement.model, *flags(options))
-    server = _plain(*flags(server_options(placement, "0.0.0.0", placement.http_port)))
+    server = _plain(*flags(server_options(placement, ALL_ADDRESSES, placement.http_port)))
     variables = [] if placement.api_key is None else [Variable("SAGELLM_API_KEY", placement.api_key)]
     worker = None
     if role.nodes > 1:
@@ -123,7 +125,7 @@ def _sets_of_roles(placement: Placement) -> tuple[LeaderWorkerSet, ...]:
             "`transport: shm`"
         )
     discovery = tuple(Variable(name, value=value) for name, value in ETCD.items())
-    api = Pod(frontend_command(placement, "etcd"), discovery, placement.http_port, "/health", "/live")
+    api = Pod(frontend_command(placement, "etcd", ALL_ADDRESSES), discovery, placement.http_port, "/health", "/live")
     own = (*discovery, Variable("POD_IP", field="status.podIP"), Variable("SAGELLM_KEY", key))
     where = ("--discovery-backend", "etcd", "--kv-host", "$(POD_IP)")
     found = [_pods(placement, "frontend", 1, api, Resources())]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -76,15 +77,18 @@ MODES = [["agg"], ["prefill", "decode"]]
 
 
 @pytest.mark.skipif(DYNAMO is None, reason="SAGELLM_DYNAMO_PYTHON names no Python with ai-dynamo (docs/deploy.md)")
-@pytest.mark.parametrize(("modes", "port"), list(zip(MODES, (8123, 8124), strict=True)), ids=str)
-def test_workers_behind_the_frontend(tmp_path: Path, modes: list[str], port: int) -> None:
+@pytest.mark.parametrize("modes", MODES, ids=str)
+def test_workers_behind_the_frontend(tmp_path: Path, modes: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     prompt = "def main(arguments):\n    first, second = arguments\n    return first + second\n\n\n"
     expected = LLM(MODEL).generate(prompt, SamplingParams(max_tokens=12, temperature=0))[0].outputs[0].text
     env = {**os.environ, "DYN_FILE_KV": str(tmp_path), "DYN_EVENT_PLANE": "zmq", "PYTHONPATH": str(ROOT / "_dev")}
     env["SAGELLM_KEY"] = "a key of the test"
     worker = ["-m", "sageLLM.runtime.cli.entry", "dynamo-worker", str(MODEL), "--served-model-name", "tiny"]
     commands = [[*worker, "--disaggregation-mode", mode, "--component", f"{mode}_worker"] for mode in modes]
-    commands.append(["-m", "dynamo.frontend", "--http-port", str(port), "--discovery-backend", "file"])
+    address = ["--http-host", "127.0.0.1", "--http-port", str(port)]
+    commands.append(["-m", "dynamo.frontend", *address, "--discovery-backend", "file"])
     processes = [subprocess.Popen([DYNAMO or sys.executable, *one], env=env) for one in commands]
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
     try:
