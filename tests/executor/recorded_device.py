@@ -148,7 +148,7 @@ class InOrder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def llm_on(device: RecordedDevice, wrap: Mapping[str, Any] | None = None, **options: Any) -> LLM:
+def llm_on(device: RecordedDevice, wrap: Mapping[str, Any] | None = None, model: Path = MODEL, **options: Any) -> LLM:
     """An engine on the device, with the reference kernels, or those of `wrap`."""
     with pytest.MonkeyPatch.context() as patch:
 
@@ -157,7 +157,7 @@ def llm_on(device: RecordedDevice, wrap: Mapping[str, Any] | None = None, **opti
             return TorchPlanner(kernels, "triton", device, captures=captures)
 
         patch.setattr(build, "choose_planner", choose_planner)
-        llm = LLM(MODEL, dtype="float32", skip_tokenizer=True, **options)
+        llm = LLM(model, dtype="float32", skip_tokenizer=True, **options)
     executor = llm.engine.executor
     execute = executor.execute
 

@@ -2,8 +2,10 @@
 
 import random
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,22 @@ def test_steps_of_many_sequences_compile_nothing(eager: bool, monkeypatch: pytes
         sizes.clear()
         llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
     assert min(sizes.values()) > 128 and len(sizes) == 2
+    assert compiled[num_compiled:] == []
+
+
+def test_steps_of_experts_compile_nothing(make_checkpoint: Callable[..., Path]) -> None:
+    """Tables and tiles of experts follow the number of tokens: without a table, and with 1 to 48 rows an expert."""
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 16}
+    mixed = PDSchedulerConfig(mode="hybrid", max_decode_batch_size=6, max_prefill_tokens=120, prefill_chunk_size=120)
+    draw = random.Random(4)
+    prompts = [[draw.randrange(3, 190) for _ in range(draw.choice([1, 2, 20, 60, 110]))] for _ in range(12)]
+    with recorded_compilations() as compiled:
+        model = make_checkpoint("Qwen3Moe", **sizes)
+        llm = llm_on(RecordedDevice(), launched(KERNELS), model, **{**SIZES, "scheduler": mixed})
+        num_compiled = len(compiled)
+        llm.generate(prompts, SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True))
+    assert Counter(compiled)["_routing_kernel"] > 1
+    assert Counter(compiled)["_expert_linear_kernel"] > 2
     assert compiled[num_compiled:] == []
 
 
