@@ -23,7 +23,7 @@ PROGRAMS = {
 ASK = """
 import json, sys, time, urllib.request
 body = json.dumps({"prompt": "def main(", "max_tokens": 12, "temperature": 0}).encode()
-for _ in range(600):
+for _ in range(3000):
     try:
         urllib.request.urlopen(sys.argv[1] + "/readyz")
         break
