@@ -1,5 +1,6 @@
 """Time that a step takes besides the kernels: the host's, and transfers between the stages of a pipeline."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ class HostTime:
 
     step_s: float = 0.0
     request_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step_s < math.inf and 0 <= self.request_s < math.inf):
+            raise ValueError(f"the time of the host must be finite seconds, got {self.step_s} and {self.request_s}")
 
     def __call__(self, work: StepWork) -> float:
         return self.step_s + self.request_s * (work.num_decodes + len(work.prefill))

@@ -172,7 +172,7 @@ def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
 
     The gaps come from NumPy's RandomState, which has a frozen stream, so a seed means the same trace in every version.
     """
-    if rate <= 0:
+    if not rate > 0:  # also NaN
         raise ValueError(f"the rate must be more than 0 requests per second, got {rate}")
     gaps = np.random.RandomState(seed).exponential(1 / rate, size=max(num_requests - 1, 0))
     return [0.0, *(float(time) for time in np.cumsum(gaps))][:num_requests]
@@ -192,6 +192,12 @@ class Lengths:
     p50: float
     p90: float
     limit: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p50 <= self.p90 < math.inf:
+            raise ValueError(
+                f"expected a median of lengths above 0 and a p90 of at least the median, got {self.p50} and {self.p90}"
+            )
 
     def draw(self, random: np.random.RandomState, num: int) -> list[int]:
         """Draws `num` lengths."""

@@ -281,6 +281,13 @@ def test_a_comparison_with_a_measured_run(model: str, tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: {path}:1: expected the measured times of a request (arrival_time, ")
 
 
+@pytest.mark.parametrize("option", ["--step-overhead-us", "--request-overhead-us"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_time_of_the_host_that_is_no_time_is_refused(model: str, option: str, value: str) -> None:
+    done = simulate("--model", model, *SYNTHETIC, "--mode", "hybrid", option, value)
+    assert done.exit_code != 0 and ("must be finite seconds" in done.stderr or option in done.stderr)
+
+
 def test_bad_rows_are_refused_with_the_option_that_skips_them(model: str, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"arrival_time": 1, "input_toks": 9, "output_toks": 2}\n{"arrival_time": 2}\n')

@@ -126,8 +126,15 @@ def test_poisson_arrivals_have_the_rate_and_repeat_by_seed() -> None:
     assert np.mean(gaps) == pytest.approx(0.25, rel=0.03) and np.std(gaps) == pytest.approx(0.25, rel=0.03)
     assert times == poisson_arrivals(20_000, rate=4.0, seed=1) != poisson_arrivals(20_000, rate=4.0, seed=2)
     assert at_rate([TraceRequest(9.0, 1, 1)] * 3, 4.0, 1)[2].arrival_s == times[2]
-    with pytest.raises(ValueError, match="the rate must be more than 0 requests per second, got 0"):
-        poisson_arrivals(2, rate=0, seed=0)
+    for rate in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=f"the rate must be more than 0 requests per second, got {rate}"):
+            poisson_arrivals(2, rate=rate, seed=0)
+
+
+@pytest.mark.parametrize(("p50", "p90"), [(100.0, 50.0), (0.0, 1.0), (float("nan"), 2.0), (1.0, float("inf"))])
+def test_lengths_without_a_distribution_are_refused(p50: float, p90: float) -> None:
+    with pytest.raises(ValueError, match=f"a p90 of at least the median, got {p50} and {p90}"):
+        Lengths(p50, p90, 10)
 
 
 def test_random_lengths_have_the_requested_percentiles() -> None:
