@@ -1,4 +1,4 @@
-"""Perplexity and agreement of forms of the KV cache with the cache in the element type, on texts of this repository.
+"""Perplexity and agreement of forms of the KV cache with one in the element type, on a text in `benchmarks/texts`.
 
 `python benchmarks/kv_accuracy.py [MODEL]`; the default is the bundled model, which was trained on Python files.
 """

@@ -1,7 +1,8 @@
-"""Perplexity and agreement of quantised copies of a model with the model itself, on texts of this repository.
+"""Perplexity and agreement of quantised copies of a model with the model itself, on the texts in `benchmarks/texts`.
 
+The texts are excerpts of Python files of this repository as of 2026-12-01, kept so that figures do not change with it.
 `python benchmarks/quantized_accuracy.py [MODEL]`; the default is the bundled model, which was trained on Python files.
-Copies of the method gptq are calibrated with other files than those of the perplexity.
+Copies of the method gptq are calibrated with another text than that of the perplexity.
 """
 
 import math
@@ -19,8 +20,7 @@ from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ("runtime/scheduler/*.py", "runtime/kv/*.py", "runtime/text/*.py")
-CALIBRATION = ("runtime/engine/*.py", "runtime/worker/*.py")
+TEXTS = Path(__file__).parent / "texts"
 COPIES = (
     ("int8", "nearest", False),
     ("fp8", "nearest", False),
@@ -39,8 +39,8 @@ def scores(model: Path, **options: Any) -> tuple[float, list[int]]:
     """The perplexity of the texts, and the most probable token at each position."""
     llm = LLM(model, **options)
     assert llm.tokenizer is not None
-    paths = [path for pattern in TEXTS for path in sorted(ROOT.glob(pattern))]
-    prompts = [llm.tokenizer.encode(path.read_text(encoding="utf-8"))[:NUM_TOKENS] for path in paths]
+    texts = (TEXTS / "scored.txt").read_text(encoding="utf-8").split("\f")
+    prompts = [llm.tokenizer.encode(text)[:NUM_TOKENS] for text in texts]
     prompts = [prompt for prompt in prompts if len(prompt) == NUM_TOKENS]
     total, count, best = 0.0, 0, []
     for prompt, output in zip(prompts, llm.generate(prompts, SCORES), strict=True):
@@ -56,7 +56,7 @@ def main() -> None:
     perplexity, best = scores(model)
     print(f"as stored: perplexity {perplexity:.3f} over {len(best)} tokens")
     registry = load_registry()
-    text = "".join(path.read_text(encoding="utf-8") for pattern in CALIBRATION for path in sorted(ROOT.glob(pattern)))
+    text = (TEXTS / "calibration.txt").read_text(encoding="utf-8")
     sequences = sequences_of(text, Tokenizer.from_folder(model).encode, NUM_TOKENS, NUM_SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
         for form, method, include_head in COPIES:

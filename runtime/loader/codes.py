@@ -71,7 +71,7 @@ def _moved(form: Form, kind: str, parts: Mapping[str, Tensor | int]) -> dict[str
     zeros = torch.as_tensor(parts.get("zeros", 0))
     rows = codes.shape[:-1]
     scales = scales if scales.dim() == codes.dim() else scales.expand(*rows, 1)
-    if form.values is None and not zeros.dim() and "minima" not in parts:
+    if form.values is None and not zeros.dim() and "minima" not in parts and int(zeros) != form.center:
         # A zero of all codes is moved to the center, unless the codes would leave their range.
         moved = codes + (form.center - zeros)
         if kind == "i8" or not (moved >> form.bits).any():

@@ -34,12 +34,10 @@ def bits(words: Tensor, width: int, dim: int, *, order: Sequence[int] | None = N
     """
     words = words.movedim(dim, -1)
     fields = words.element_size() * 8 // width
-    shifts = torch.arange(0, fields * width, width, dtype=torch.int32)
-    if order is not None:
-        shifts = shifts[torch.tensor(order)]
-    mask = (1 << width) - 1
-    runs = words.to(torch.int32).reshape(*words.shape[:-1], -1, 1, run)
-    found = torch.bitwise_and(runs >> shifts[:, None], mask)  # [..., runs, fields, run]
+    runs = (words if words.dtype == torch.uint8 else words.to(torch.int32)).reshape(*words.shape[:-1], -1, run)
+    found = torch.empty(*runs.shape[:-1], fields, run, dtype=torch.int32)
+    for i, field in enumerate(range(fields) if order is None else order):  # faster than shifts in a tensor
+        found[..., i, :] = runs >> field * width & (1 << width) - 1
     return found.flatten(-3).movedim(-1, dim)
 
 

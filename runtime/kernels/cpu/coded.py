@@ -120,11 +120,11 @@ def _runs(x: Tensor, *sizes: int) -> Tensor:
 
 def _shared(fields: Tensor, bits: int) -> Tensor:
     """Bytes of fields: those of each run of four bytes, first the low fields of all four."""
-    runs = _runs(fields, 8 // bits, 4)
-    found = runs[..., 0, :]
+    runs = _runs(fields.contiguous().view(torch.int32), 8 // bits)
+    found = runs[..., 0]
     for i in range(1, 8 // bits):
-        found = found | runs[..., i, :] << bits * i
-    return found.flatten(-2)
+        found = found | runs[..., i] << bits * i
+    return found.contiguous().view(torch.uint8)
 
 
 def _fields(data: Tensor, bits: int) -> Tensor:
