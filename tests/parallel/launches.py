@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,22 @@ def command(out: Path, **options: Any) -> list[str]:
     return [__file__, "--out", str(out), "--generate", json.dumps(options)]
 
 
+def free_ports() -> int:
+    """A free port for torchrun, of which the next one is free as well, for the engine.
+
+    They are below those that the system chooses for connections, which would take the second one now and then.
+    """
+    for port in range(20000, 32000, 2):
+        with suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("two ports in a row must be free")
+
+
 def torchrun(out: Path, degrees: dict[str, int]) -> Any:
     """Two processes that torchrun starts on this host; the ranks read its variables."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
     line = [sys.executable, *launcher, *command(out, **degrees)]
     subprocess.run(line, env={**os.environ, "SAGELLM_KEY": "a key for launches"}, check=True, timeout=SECONDS)
