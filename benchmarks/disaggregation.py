@@ -318,6 +318,11 @@ def measure_roles(model: Path, name: str, options: argparse.Namespace) -> dict[s
     names = [f"decode {i}" for i in range(NUM_DECODES)]
     for index, one in enumerate(names):
         clock.add(one, [5 + index, *range(7, 22)], 600)
+    while min(clock.num_tokens.values()) < 16:
+        clock.step()
+    for index in range(4):  # both prefill workers have some when one is asked to change
+        clock.add(f"first {index}", list(range(3 + index, 1003 + index)), 8)
+    clock.step()
     switched: list[float] = []
     num_added = 0
     for role in ("decode", "prefill"):
