@@ -31,9 +31,9 @@ from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.process import Failed, Ready, Refused, Reply, end_with_parent
 
 
-def run(spec: WorkerSpec, descriptor: int) -> None:
+def run(spec: WorkerSpec, descriptor: int, parent: int) -> None:
     """Serves the links that arrive on the descriptor; ends the process."""
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     channel = socket.socket(fileno=descriptor)
     connection = Connection(os.dup(channel.fileno()))
     try:

@@ -34,7 +34,7 @@ SIZE_LEN = 8
 
 
 class Start(msgspec.Struct, frozen=True):
-    """Fork a worker that calls `run(spec, connection)` of the module, in the state that the engine's process is in.
+    """Fork a worker that calls `run(spec, connection, server)` of the module, in the state of the engine's process.
 
     Descriptors come with the message: the pipe for the exit code, standard output and errors, the connection to the
     engine, and those of the spec.
@@ -85,9 +85,10 @@ class ForkServer:
                 self._fork(msgspec.msgpack.decode(data, type=Start), files)
 
     def _fork(self, start: Start, files: Sequence[int]) -> None:
+        server = os.getpid()
         process_id = os.fork()
         if process_id == 0:
-            self._become_worker(start, files)
+            self._become_worker(start, files, server)
         self._exit_pipes[process_id] = files[0]
         for file in files[1:]:
             os.close(file)
@@ -103,11 +104,11 @@ class ForkServer:
                 os.write(pipe, os.waitstatus_to_exitcode(status).to_bytes(SIZE_LEN, "big", signed=True))
             os.close(pipe)
 
-    def _become_worker(self, start: Start, files: Sequence[int]) -> NoReturn:
+    def _become_worker(self, start: Start, files: Sequence[int], server: int) -> NoReturn:
         code = 1
         try:
             self._drop_state()
-            _run_worker(start, files)
+            _run_worker(start, files, server)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -125,7 +126,7 @@ class ForkServer:
             os.close(pipe)
 
 
-def _run_worker(start: Start, files: Sequence[int]) -> None:
+def _run_worker(start: Start, files: Sequence[int], server: int) -> None:
     exit_pipe, output, errors, connection, *own = files
     os.close(exit_pipe)
     for number, file in ((1, output), (2, errors)):
@@ -133,7 +134,7 @@ def _run_worker(start: Start, files: Sequence[int]) -> None:
         os.close(file)
     _take_over(start)
     _name_process(start.spec)
-    importlib.import_module(start.module).run(start.spec.with_files(own), connection)
+    importlib.import_module(start.module).run(start.spec.with_files(own), connection, server)
 
 
 def _take_over(start: Start) -> None:

@@ -85,9 +85,9 @@ OrderCommand = Reset | Run | ReportIo
 Command = OrderCommand | KVCommand
 
 
-def run(spec: WorkerSpec, descriptor: int) -> None:
+def run(spec: WorkerSpec, descriptor: int, parent: int) -> None:
     """Serves orders that arrive on the descriptor; ends the process."""
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     connection = Connection(descriptor)
     replies = Replies(connection)
     port = steps = None
@@ -216,7 +216,10 @@ def facts_of(spec: WorkerSpec, executor: InProcessExecutor) -> dict[str, str]:
 
 
 def end_with_parent(parent: int) -> None:
-    """Ends the process when its parent has died, also in the middle of a step or of a collective."""
+    """Ends the process when its parent has died, also in the middle of a step or of a collective.
+
+    `parent` is known from before the fork: the parent may have died since.
+    """
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)

@@ -242,6 +242,17 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "temporary files are left"
 
 
+def test_a_worker_ends_if_its_parent_died_before_it_began_to_watch() -> None:
+    """While it waits for other ranks, which have not started and never will."""
+    script = (
+        "import socket, subprocess, time, types; from sageLLM.runtime.worker import process\n"
+        "process.join_ranks = lambda spec: time.sleep(600)\n"
+        "ended = subprocess.Popen(['true']); ended.wait(); ours, theirs = socket.socketpair()\n"
+        "process.run(types.SimpleNamespace(cores=[]), theirs.detach(), ended.pid)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 1
+
+
 def test_errors_of_arguments() -> None:
     with pytest.raises(CheckpointError, match="tensor_parallel_size=3 does not divide"):
         load(tensor_parallel_size=3)
