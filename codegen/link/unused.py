@@ -1,9 +1,9 @@
 """Checks that the definition of an op reads all of its inputs and attrs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sageLLM.codegen.diagnostics import Sink
-from sageLLM.codegen.expr.tree import DimRef, Reduce, names_read, walk
+from sageLLM.codegen.expr.tree import DimRef, Reduce, View, names_read, walk
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.model.op import AttrFormula, AttrName, OpDef, Operand
 
@@ -34,13 +34,25 @@ def _names_read(op: OpDef) -> set[str]:
     values = [statement.value for statement in op.program.statements] if op.program else []
     values += [condition.value for condition in op.where]
     read = {name for value in values for name in names_read(value)}
-    read |= {view.base for view in op.program.views if view.name in read} if op.program else set()
+    if op.program is not None:
+        read |= _bases_of(read | {statement.target for statement in op.program.statements}, op.program.views)
     for call in op.fuses:
         read |= {arg for arg in call.args if arg is not None}
         for _, value in call.kwargs:
             read |= {value.name} if isinstance(value, AttrName) else set()
             read |= {*value.names} if isinstance(value, AttrFormula) else set()
     return read
+
+
+def _bases_of(used: set[str], views: Sequence[View]) -> set[str]:
+    """The operands and views of which used views are parts, at any depth."""
+    bases = {view.name: view.base for view in views}
+    found: set[str] = set()
+    for name in used & bases.keys():
+        while (base := bases.get(name)) is not None and base not in found:
+            found.add(base)
+            name = base
+    return found
 
 
 def _dims_read(op: OpDef) -> set[str]:
