@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from disaggregation import Clock
 
 PROMPT_LEN, NUM_TOKENS = 256, 24
-RATES = (1.0, 2.0, 4.0)
+RATES = (2.0, 4.0, 8.0, 16.0)
 DRAIN_SECONDS = 4.0
 """Requests that are not complete so long after the last arrival have missed the objective."""
 
