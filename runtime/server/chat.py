@@ -11,7 +11,7 @@ from sageLLM.runtime.server.admission import CHARS_PER_TOKEN, Ticket
 from sageLLM.runtime.server.bodies import ChatBody
 from sageLLM.runtime.server.completions import shown_prompt_logprobs
 from sageLLM.runtime.server.exchange import DONE, Exchange
-from sageLLM.runtime.server.generation import Generation, Piece, Score
+from sageLLM.runtime.server.generation import Generation, Piece, Score, usage_of
 from sageLLM.runtime.server.output_parser import ParsedText
 from sageLLM.runtime.server.prompts import (
     EnginePrompt,
@@ -194,7 +194,6 @@ class Chat:
         has_usage = self.service.settings.enable_force_include_usage or bool(options and options.include_usage)
         is_continuous = bool(options and options.continuous_usage_stats and has_usage)
         plain = [] if self._has_details or is_continuous else self._text_frames()
-        extra: dict[str, Any] = {}
         has_roles = False
 
         def framed(piece: Piece) -> bytes:
@@ -202,14 +201,13 @@ class Chat:
             if plain and piece.finish_reason is None and len(parts) == 1 and parts[0].content:
                 return plain[piece.index](parts[0].content)
             chunks = self._chunks(piece, parts, has_fingerprint=not has_usage)
+            extra = {"usage": self.generation.answers[piece.index].usage()} if is_continuous else {}
             return b"".join(frame(chunk | extra) for chunk in chunks)
 
         seconds = self.service.settings.sse_keep_alive_interval
         async for pieces in steps_of(self.generation, self.exchange, seconds, framed if plain else None):
-            if is_continuous:
-                extra = {"usage": self.service.running_usage(self.generation)}
             # The first chunks are sent with the first output, so that an early error is a response of its own.
-            frames = [] if has_roles else [frame(chunk | extra) for chunk in self._first_chunks()]
+            frames = [] if has_roles else list(map(frame, self._first_chunks(is_continuous)))
             has_roles = True
             frames += map(framed, pieces)
             if not self.exchange.is_streaming:
@@ -224,21 +222,22 @@ class Chat:
         await self.exchange.write(tail + DONE)
         await self.exchange.end_stream()
 
-    def _first_chunks(self) -> list[dict[str, Any]]:
+    def _first_chunks(self, is_continuous: bool) -> list[dict[str, Any]]:
         chunks = []
         for answer in self.generation.answers:
+            extra = {"usage": usage_of(len(answer.prompt.token_ids), 0)} if is_continuous else {}
             choice: dict[str, Any] = {
                 "index": answer.index,
                 "delta": {"role": self.role, "content": ""},
                 "logprobs": None,
                 "finish_reason": None,
             }
-            chunk: dict[str, Any] = self.head | {"choices": [choice]}
+            chunk: dict[str, Any] = self.head | {"choices": [choice]} | extra
             if self.body.return_token_ids:
                 chunk["prompt_token_ids"] = answer.prompt.token_ids
             chunks.append(chunk)
             if self.echoed:
-                chunks.append(self.head | {"choices": [choice | {"delta": {"content": self.echoed}}]})
+                chunks.append(self.head | {"choices": [choice | {"delta": {"content": self.echoed}}]} | extra)
         return chunks
 
     @property

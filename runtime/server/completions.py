@@ -153,7 +153,7 @@ class Completion:
                 if piece.finish_reason is not None and not has_usage:
                     chunk["system_fingerprint"] = self.service.fingerprint  # else it comes with the usage
                 if is_continuous:
-                    chunk["usage"] = self.service.running_usage(self.generation)
+                    chunk["usage"] = self.generation.answers[piece.index].usage()
                 chunks.append(frame(chunk))
             if not self.exchange.is_streaming:
                 await self.exchange.start_stream()

@@ -71,6 +71,15 @@ class Answer:
     def is_finished(self) -> bool:
         return self.text.finish_reason is not None
 
+    def usage(self) -> dict[str, int]:
+        """The usage in chunks of `continuous_usage_stats`, which count one answer to one prompt, as in vLLM."""
+        return usage_of(len(self.prompt.token_ids), self.num_tokens)
+
+
+def usage_of(num_prompt: int, num_answer: int) -> dict[str, int]:
+    """The usage object of OpenAI's API for so many tokens."""
+    return {"prompt_tokens": num_prompt, "total_tokens": num_prompt + num_answer, "completion_tokens": num_answer}
+
 
 class Generation:
     """The answers to the prompts of one HTTP request. Iterating yields the pieces of each step.

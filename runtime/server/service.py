@@ -34,7 +34,7 @@ from sageLLM.runtime.server.dialects import ChosenDialects, choose_dialects
 from sageLLM.runtime.server.engine_client import EngineClient
 from sageLLM.runtime.server.errors import ApiError
 from sageLLM.runtime.server.exchange import ClientGoneError, Exchange
-from sageLLM.runtime.server.generation import Generation, Traits
+from sageLLM.runtime.server.generation import Generation, Traits, usage_of
 from sageLLM.runtime.server.messages import Load, Ready, SetTokenizer
 from sageLLM.runtime.server.metrics import Metrics
 from sageLLM.runtime.server.output_parser import CallParser, FormParser, OutputParser, PlainParser
@@ -260,25 +260,10 @@ class Service:
 
     def usage(self, generation: Generation, num_reasoning: int = 0) -> dict[str, Any]:
         """The usage at the end; as in vLLM, with the tokens of reasoning if there is a dialect for it."""
-        num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens
         has_reasoning = self.dialects.reasoning is not None
         details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning}} if has_reasoning else {}
-        return {
-            "prompt_tokens": num_prompt,
-            "total_tokens": num_prompt + num_answer,
-            "completion_tokens": num_answer,
-            "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
-            **details,
-        }
-
-    def running_usage(self, generation: Generation) -> dict[str, int]:
-        """The usage in the chunks of `continuous_usage_stats`."""
-        num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens
-        return {
-            "prompt_tokens": num_prompt,
-            "total_tokens": num_prompt + num_answer,
-            "completion_tokens": num_answer,
-        }
+        cached = {"prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens}}
+        return usage_of(generation.num_prompt_tokens, generation.num_tokens) | cached | details
 
     async def _prepare_chat(self) -> None:
         """Starts the process of the chat template. A checkpoint without one is served; a given one must compile."""

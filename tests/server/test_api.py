@@ -71,6 +71,9 @@ def test_a_stream_joined_is_the_whole_answer(server: TestServer, body: dict[str,
     assert stream[-1]["choices"] == [] and stream[-1]["usage"]["completion_tokens"] > 0
     assert all("usage" in chunk for chunk in stream)
     for choice in whole:
+        usages = [chunk["usage"] for chunk in stream[:-1] if chunk["choices"][0]["index"] == choice["index"]]
+        assert [usage["completion_tokens"] for usage in usages][-1] == len(choice["logprobs"]["tokens"])
+        assert usages == sorted(usages, key=lambda usage: usage["completion_tokens"])
         parts = [c for chunk in stream for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
