@@ -8,7 +8,7 @@ from typing import Literal
 
 from sageLLM.runtime.cli.deploy_file import find_placement
 from sageLLM.runtime.deploy.dynamo import dynamo_processes
-from sageLLM.runtime.deploy.kubernetes import manifests
+from sageLLM.runtime.deploy.kubernetes import manifests, why_open
 from sageLLM.runtime.deploy.launch import as_script, host_processes, local_processes
 from sageLLM.runtime.deploy.local import run_processes
 from sageLLM.runtime.deploy.placement import DeployError, Placement
@@ -32,7 +32,10 @@ def deploy(request: DeployRequest) -> int:
         placement, source = find_placement(request.spec)
         if request.starts:
             return _start(placement, request.target)
-        print(render_target(placement, request.target, source).rstrip())
+        text = render_target(placement, request.target, source).rstrip()
+        if request.target == "kubernetes" and (reason := why_open(placement)) is not None:
+            print(f"warning: {placement.name}: {reason}", file=sys.stderr)
+        print(text)
         return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

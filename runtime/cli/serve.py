@@ -39,7 +39,7 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     try:
-        from sageLLM.runtime.server.http_server import bind, run_server
+        from sageLLM.runtime.server.http_server import bind, run_server, why_open
         from sageLLM.runtime.server.service import Service
     except ModuleNotFoundError as error:
         print(f"error: `sagellm serve` requires {error.name}; pip install 'sagellm[serve]'", file=sys.stderr)
@@ -61,6 +61,8 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
         if (reason := settings.why_invalid()) is not None:
             raise SageError(reason)
         sock = bind(settings)
+        if (warning := why_open(settings, sock)) is not None:
+            print(f"warning: {warning}", file=sys.stderr)
     except (SageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

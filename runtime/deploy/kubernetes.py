@@ -86,6 +86,15 @@ def manifests(placement: Placement) -> Manifests:
     )
 
 
+def why_open(placement: Placement) -> str | None:
+    """What is missing so that the API refuses requests without a key, or None; Dynamo's frontend reads no keys."""
+    if has_engine_per_worker(placement):
+        return "Dynamo's frontend, which every pod reaches, reads no keys; let a gateway check them"
+    if placement.api_key is None:
+        return "every pod reaches the API without a key; set `secrets.api_key`"
+    return None
+
+
 def _set(placement: Placement, role: Role, options: Mapping[str, object], num_engines: int) -> LeaderWorkerSet:
     serve = _plain("sagellm", "serve", placement.model, *flags(options))
     server = _plain(*flags(server_options(placement, ALL_ADDRESSES, placement.http_port)))

@@ -4,26 +4,37 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sageLLM.runtime.deploy.placement import DeployError, Placement, Role
+from sageLLM.runtime.deploy.placement import LOCAL_HOST, DeployError, Placement, Role, is_loopback
 
 TRANSPORTS = {"shm": "shared_memory", "tcp": "tcp", "nixl": "nixl"}
 """Transports of a deployment, and the values of `--kv-transport`."""
+ENGINE_KEY, API_KEY = "SAGELLM_KEY", "SAGELLM_API_KEY"
+KEYS: Mapping[str, str] = {
+    ENGINE_KEY: "set it to a key that all hosts of an engine have",
+    API_KEY: "set it to the key of the API, which other hosts reach",
+}
+"""Variables of the environment with keys, and what their absence asks for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process: its name, its host, the command line, and the environment besides the inherited one."""
+    """One process: its name, its host, the command line, and the environment besides the inherited one.
+
+    `keys` are variables with keys, which the inherited environment must have; no text of a deployment contains one.
+    """
 
     name: str
     host: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
-        """The command line for a shell."""
+        """The command line for a shell, which does not run it without the keys."""
+        checks = [f': "${{{name}:?{KEYS[name]}}}" &&' for name in self.keys]
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*variables, shlex.join(self.command)])
+        return " ".join([*checks, *variables, shlex.join(self.command)])
 
 
 def flags(options: Mapping[str, object]) -> list[str]:
@@ -58,8 +69,8 @@ def engine_options(placement: Placement, role: Role) -> dict[str, object]:
     return options | dict(placement.limits_of(role))
 
 
-def server_options(placement: Placement, host: str, port: int) -> dict[str, object]:
-    """Options of the server of an engine."""
+def server_options(placement: Placement, host: str | None, port: int) -> dict[str, object]:
+    """Options of the server of an engine; the host is None where it is added later."""
     name = placement.served_model_name
     named = {"served_model_name": name} if name is not None else {}
     return {**named, "host": host, "port": port, **placement.options}
@@ -126,9 +137,9 @@ def local_processes(placement: Placement) -> list[Process]:
     found: list[Process] = []
     for number, (role, options) in enumerate(engines(placement)):
         for node in range(role.nodes):
-            nodes = _node_options(placement, role, "127.0.0.1", node, number)
-            command = serve_command(placement, options | nodes, "127.0.0.1", placement.http_port + number)
-            found.append(Process(_name(role, number, node), "127.0.0.1", command))
+            nodes = _node_options(placement, role, LOCAL_HOST, node, number)
+            command = serve_command(placement, options | nodes, LOCAL_HOST, placement.http_port + number)
+            found.append(Process(_name(role, number, node), LOCAL_HOST, command))
     return found
 
 
@@ -138,9 +149,11 @@ def host_processes(placement: Placement) -> list[Process]:
     for number, (role, options) in enumerate(engines(placement)):
         port = placement.http_port + _num_before(role, number)
         for node in range(role.nodes):
-            serve = serve_command(placement, options, role.host(number, 0) if node == 0 else "127.0.0.1", port)
+            host = role.host(number, 0) if node == 0 else LOCAL_HOST
+            serve = serve_command(placement, options, host, port)
             prefix = torchrun(placement, role, number, node) if role.devices_per_worker > 1 else ()
-            found.append(Process(_name(role, number, node), role.host(number, node), (*prefix, *serve)))
+            keys = (*([ENGINE_KEY] if role.nodes > 1 else []), *([] if is_loopback(host) else [API_KEY]))
+            found.append(Process(_name(role, number, node), role.host(number, node), (*prefix, *serve), keys=keys))
     return found
 
 

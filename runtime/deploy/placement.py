@@ -1,5 +1,6 @@
 """A deployment: workers by role, their devices and hosts, and the options that they share."""
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,14 @@ Mode = Literal["hybrid", "time_share", "auto", "strict"]
 Limits = Mapping[str, int]
 """Limits of a worker, by the name of their option of `sagellm serve`."""
 LOCAL_HOST = "127.0.0.1"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host name or address; other names may be of any host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class DeployError(ValueError):

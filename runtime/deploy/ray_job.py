@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from sageLLM.runtime.deploy.launch import engines, flags, server_options
+from sageLLM.runtime.deploy.launch import API_KEY, ENGINE_KEY, engines, flags, server_options
 from sageLLM.runtime.deploy.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
 class RayEngine:
-    """One engine: the commands of its hosts without the address of the first, which Ray knows when they are placed."""
+    """One engine: the commands of its hosts without the address of the first, which Ray knows when they are placed.
+
+    The server listens on that address.
+    """
 
     name: str
     num_nodes: int
@@ -26,12 +29,17 @@ class RayJob:
     name: str
     engines: tuple[RayEngine, ...]
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The variables with keys that the job must have in its environment."""
+        return (API_KEY, ENGINE_KEY) if any(one.num_nodes > 1 for one in self.engines) else (API_KEY,)
+
 
 def ray_job(placement: Placement) -> RayJob:
     """The job of a deployment. Raises DeployError for one that cannot run."""
     found = []
     for number, (role, options) in enumerate(engines(placement)):
-        server = flags(server_options(placement, "0.0.0.0", placement.http_port + number))
+        server = flags(server_options(placement, None, placement.http_port + number))
         shared = placement.roles.values() if role.name != "both" else ()
         devices = sum(one.num_devices for one in shared) or role.devices_per_host
         found.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -98,6 +99,16 @@ def bind(settings: ServerSettings) -> socket.socket:
         return sock
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+
+
+def why_open(settings: ServerSettings, sock: socket.socket) -> str | None:
+    """The reason why hosts besides this one can send requests without a key, or None if they cannot."""
+    if settings.api_key or sock.family == socket.AF_UNIX:
+        return None
+    address = sock.getsockname()[0]
+    if ipaddress.ip_address(address).is_loopback:
+        return None
+    return f"other hosts reach {address} without a key; set SAGELLM_API_KEY, or listen on 127.0.0.1"
 
 
 def url_of(sock: socket.socket) -> str:

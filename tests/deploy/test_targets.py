@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from kubernetes_objects import LeaderWorkerSet, NetworkPolicy, Service, read_man
 from typer.testing import CliRunner
 
 from sageLLM.codegen import driver
-from sageLLM.runtime.cli.deploy import render_target
+from sageLLM.runtime.cli.deploy import Target, render_target
 from sageLLM.runtime.cli.deploy_file import find_placement, read_placement
 from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.deploy.launch import API_KEY, ENGINE_KEY, KEYS, host_processes, local_processes
 from sageLLM.runtime.deploy.placement import DeployError, Placement
 
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
@@ -181,6 +184,54 @@ def test_a_worker_of_dynamo_is_on_one_host() -> None:
 def test_hosts_of_an_engine_require_a_common_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)it.yaml:1:1: error.SAGE013.: `nodes` above 1 requires.*= help: add"):
         written(tmp_path, "roles: {both: {pp: 2, nodes: 2}}\n")
+
+
+def test_commands_of_hosts_do_not_run_without_their_keys() -> None:
+    placement, _ = find_placement("two_hosts")
+    leader, other = host_processes(placement)
+    for process, names in ((leader, [ENGINE_KEY, API_KEY]), (other, [ENGINE_KEY])):
+        line = process.line.replace(shlex.join(process.command), "echo it ran")
+        for missing in names:
+            given = {name: "some key" for name in names if name != missing}
+            done = subprocess.run(["sh", "-c", line], env=given, capture_output=True, text=True)
+            assert done.returncode != 0 and f"{missing}: {KEYS[missing]}" in done.stderr and not done.stdout
+        assert subprocess.run(["sh", "-c", line], env=dict.fromkeys(names, "k"), capture_output=True).stdout
+
+
+def test_a_server_that_only_its_host_reaches_needs_no_key(tmp_path: Path) -> None:
+    local = written(tmp_path, "roles: {both: {tp: 2, hosts: [localhost]}}\n")
+    assert [one.keys for one in host_processes(local)] == [()]
+    assert not any(one.keys for one in local_processes(local))
+
+
+def test_a_job_of_ray_does_not_start_without_its_keys(tmp_path: Path) -> None:
+    modules = {"ray": "", "ray/util": "", "ray/util/placement_group": "placement_group = None\n"}
+    modules["ray/util/scheduling_strategies"] = "PlacementGroupSchedulingStrategy = None\n"
+    for name, text in modules.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text + "remote = lambda **options: lambda cls: cls\n")
+    (tmp_path / "job.py").write_text(render_target(*_named("replicas_h100", "ray")))
+    done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: set SAGELLM_API_KEY in the environment of the job\n")
+
+
+def _named(name: str, target: Target) -> tuple[Placement, Target, str]:
+    placement, source = find_placement(name)
+    return placement, target, source
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("two_hosts", "every pod reaches the API without a key; set `secrets.api_key`"),
+        ("prefill_decode_pods", "Dynamo's frontend, which every pod reaches, reads no keys; let a gateway check them"),
+        ("replicas_h100", None),
+    ],
+)
+def test_pods_with_an_open_api_are_printed_with_a_warning(name: str, warning: str | None) -> None:
+    done = CliRunner().invoke(app, ["deploy", name, "--target", "kubernetes"])
+    assert done.exit_code == 0
+    assert done.stderr == ("" if warning is None else f"warning: {name}: {warning}\n")
 
 
 def test_a_file_that_is_missing_and_a_name_that_is_unknown() -> None:

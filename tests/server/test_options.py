@@ -14,7 +14,7 @@ from sageLLM.runtime.cli import serve
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.main import app
 from sageLLM.runtime.cli.serve_engine import EngineSpec, decode_spec, encode_spec
-from sageLLM.runtime.server.http_server import bind
+from sageLLM.runtime.server.http_server import bind, why_open
 from sageLLM.runtime.server.settings import ServerSettings
 
 
@@ -137,3 +137,24 @@ def test_status_without_a_server_is_an_error() -> None:
     done = CliRunner().invoke(app, ["status", "--url", "http://127.0.0.1:9"])
     assert done.exit_code == 1
     assert "error: cannot read the metrics of http://127.0.0.1:9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_open"),
+    [
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0", "api_key": ["secret"]}, False),
+        ({"host": "127.0.0.1"}, False),
+        ({"host": "localhost"}, False),
+        ({"uds": "it.sock"}, False),
+    ],
+)
+def test_a_server_that_other_hosts_reach_without_a_key_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], is_open: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = ServerSettings(model="folder", port=0, **settings)
+    with bind(chosen) as sock:
+        reason = why_open(chosen, sock)
+    expected = "other hosts reach 0.0.0.0 without a key; set SAGELLM_API_KEY, or listen on 127.0.0.1"
+    assert reason == (expected if is_open else None)
