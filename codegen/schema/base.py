@@ -105,7 +105,7 @@ _HELP = {
     "tuple_type": "write `[a, b]`, or one `- item` per line",
     "none_required": "write null, or remove it",
     "string_pattern_mismatch": "write a text of this pattern, such as a lower-case name",
-    "too_short": "add an item, or remove the field",
+    "too_short": "add an item, or remove the field or the file",
     "too_long": "remove items",
     "string_too_short": "write a text",
 }
@@ -135,6 +135,8 @@ def _wrong_type(detail: ErrorDetails, where: str) -> str:
     place = f"'{where}'" if where else "the file"
     if detail["type"] == "literal_error":
         return f"{place}: expected {detail['ctx']['expected']}, got {_shown(detail['input'])}"
+    if detail["type"] == "too_short":
+        return f"{place}: expected {detail['ctx']['min_length']} or more items, got {detail['ctx']['actual_length']}"
     if expected := _EXPECTED.get(detail["type"]):
         return f"{place}: expected {expected}, got {_shown(detail['input'])}"
     return f"{place}: {detail['msg'][:1].lower()}{detail['msg'][1:]}, got {_shown(detail['input'])}"

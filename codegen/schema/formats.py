@@ -102,4 +102,4 @@ class FormatsFile(Strict):
         default={}, description="of GGUF files, the architectures by `general.architecture`"
     )
     writes: dict[str, Setting] = Field(default={}, description="further settings of written checkpoints")
-    formats: dict[str, FormatSpec] = Field(description="the formats; the first one with the settings is used")
+    formats: dict[str, FormatSpec] = Field(min_length=1, description="the formats; the first with the settings is used")

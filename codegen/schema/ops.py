@@ -130,4 +130,6 @@ class OpsFile(Strict):
     """`specs/ops/*.yaml`."""
 
     schema_: Literal["ops/v1"] = Field(alias="schema", description="kind and version of the file")
-    ops: dict[str, OpSpec] = Field(description="ops by name, which is the name of the function in graphs and kernels")
+    ops: dict[str, OpSpec] = Field(
+        min_length=1, description="ops by name, which is the name of the function in graphs and kernels"
+    )

@@ -161,3 +161,9 @@ class PassesFile(Strict):
     schema_: Literal["passes/v1"] = Field(alias="schema", description="kind and version of the file")
     stages: dict[str, str] = Field(default={}, description="the pipeline's stages in order, each with its purpose")
     passes: dict[str, PassSpec] = Field(default={}, description="passes by name")
+
+    @model_validator(mode="after")
+    def _has_entries(self) -> "PassesFile":
+        if not (self.stages or self.passes):
+            raise BrokenRule("the file must have passes or stages", "add `passes: {NAME: ...}`, or remove the file")
+        return self

@@ -50,4 +50,6 @@ class TargetsFile(Strict):
     """`specs/targets.yaml`: the targets that Triton kernels are compiled for."""
 
     schema_: Literal["targets/v1"] = Field(alias="schema", description="kind and version of the file")
-    targets: dict[str, TargetSpec] = Field(description="name of the target -> its limits and configurations")
+    targets: dict[str, TargetSpec] = Field(
+        min_length=1, description="name of the target -> its limits and configurations"
+    )
