@@ -66,8 +66,7 @@ def emit_op_checks(specs: Specs, renderer: Renderer) -> list[Output]:
     if specs.is_overlay:
         return []
     checks = header("specs/ops", "op_checks") + renderer.render("op_checks.py.jinja")
-    about = header("specs", "tests") + '"""Tests of the generated code."""\n'
-    return [Output("tests/op_checks.py", checks), Output("tests/__init__.py", about)]
+    return [Output("tests/op_checks.py", checks)]
 
 
 def emit_case_table(contents: Contents, renderer: Renderer) -> list[Output]:

@@ -29,7 +29,7 @@ def generated(example: str, tmp_path: Path) -> Path:
 
 def run_generated_tests(out: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "generated/tests"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "generated/tests"],
         capture_output=True,
         text=True,
         check=False,

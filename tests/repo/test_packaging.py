@@ -185,7 +185,7 @@ def test_scaffolds_of_the_wheel_generate_and_run(wheel_python: Path, tmp_path: P
     printed_command(generated := sagellm(*command))
     assert "wrote ops/demo_op.py" in generated.stdout
     assert installed() == before
-    run(wheel_python, "-m", "pytest", "-q", "--import-mode=importlib", "my_generated/tests", cwd=tmp_path)
+    run(wheel_python, "-m", "pytest", "-q", "my_generated/tests", cwd=tmp_path)
     shutil.copytree(ROOT / "examples/tiny_python_model", tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"architectures": ["DemoModelForCausalLM"]}))
