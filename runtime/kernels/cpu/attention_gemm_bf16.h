@@ -47,6 +47,7 @@ class PairGemms {
     float* scores_of(int64_t block) const { return scores_ + block % 2 * BLOCK * KEYS; }
 
     void pack_queries(const bf16* const* row) {
+        if (!is_tiled_) return pairs::copy_rows(queries_, row, rows_, key_width_, depth_);
         if (!uses_keys_in_place_) return microkernel_.prepare(queries_, row, rows_, key_width_);
         const bf16* padded[BLOCK];
         for (int64_t r = 0; r < BLOCK; ++r) padded[r] = row[r < rows_ ? r : 0];

@@ -96,7 +96,7 @@ template <class Element, class Weight, class RowOf, class Epilogue>
 inline void gemm_range(const Microkernel<Element, Weight>& microkernel, const Tuning& tuning,
                        const GemmArgs<Element, Weight>& args, Range rows, Range columns, RowOf&& row_of,
                        Epilogue&& epilogue) {
-    const int64_t row_bytes = round_up(args.K, DEPTH) * microkernel.x_element_size;
+    const int64_t row_bytes = round_up(args.K, DEPTH) * microkernel.x_element_size + ROW_PADDING;
     const int64_t fitting = round_up(tuning.prepared_bytes / row_bytes + 1, microkernel.shape(rows.count()).rows);
     const int64_t parts = (rows.count() + fitting - 1) / fitting;
     for (int64_t part = 0; part < parts; ++part) {

@@ -10,6 +10,7 @@
 namespace sage {
 
 constexpr int64_t MAX_SUMS = 64 * 4 * PANEL;  // of a block, over all microkernels
+constexpr int64_t ROW_PADDING = 64;           // bytes that a microkernel may leave between two prepared rows
 
 // Weights to prefetch while a block is computed: for every DEPTH elements of K, `lines` cache lines of each of
 // `streams` streams, which are `stride` bytes apart. A core reads several streams faster than one. Panels that this

@@ -198,7 +198,7 @@ struct Pairs {
 
     // [rows][K], each four elements in the order 0, 2, 1, 3.
     static void prepare(void* prepared, const bf16* const* x, int64_t rows, int64_t K) {
-        pairs::prepare(prepared, x, rows, K);
+        pairs::copy_rows(prepared, x, rows, K, round_up(K, DEPTH));
         const int64_t count = rows * round_up(K, DEPTH);
         for (int64_t i = 0; i < count; i += DEPTH) {
             void* at = (bf16*)prepared + i;
