@@ -10,7 +10,8 @@ from sageLLM.runtime.cli.hardware_entry import find_hardware
 from sageLLM.runtime.cli.simulate_request import SimulateRequest
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes, vllm_sizes
+from sageLLM.runtime.execution_graph.step_cost import DivideLayers, RooflineStepCost
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.loader.kv_form import choose_kv_form
 from sageLLM.runtime.scheduler.batch import KVBudget
@@ -25,12 +26,13 @@ from sageLLM.runtime.sim.pipeline import WHOLE
 
 @dataclass(frozen=True, slots=True)
 class _Device:
-    """The devices of a worker of one tensor-parallel degree."""
+    """The devices of a worker of one tensor-parallel degree; `vllm` if vLLM divides the layers differently."""
 
     cost: StepCostModel
     kv_budget: KVBudget | None
     transfer_s: Callable[[int], float]
     stage_shares: tuple[float, ...] = WHOLE
+    vllm: RoleSetup | None = None
 
 
 def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
@@ -60,6 +62,7 @@ def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
         long_prefill_token_threshold=request.long_prefill_threshold,
         async_scheduling=request.async_scheduling,
         objective=request.objective,
+        vllm=device.vllm,
     )
 
 
@@ -112,10 +115,19 @@ def _device(request: SimulateRequest, tp: int) -> _Device:
         num_hops = request.pipeline_depth - 1
         extras.append(lambda work: num_hops * roofline.stage_transfer_s(work.num_tokens))
     is_described = request.profile is None or request.hardware is not None
-    budget = _kv_budget(request, roofline, is_described)
     cost = AddedCost(cost, extras) if extras else cost
-    shares = roofline.stage_shares(request.pipeline_depth)
-    return _Device(cost, budget, roofline.transfer_s if is_described else _no_transfer, shares)
+    ours = _stages(request, roofline, cost, choose_sizes)
+    vllm = _stages(request, roofline, cost, vllm_sizes) if "vllm" in request.modes else None
+    transfer_s = roofline.transfer_s if is_described else _no_transfer
+    return _Device(cost, ours.kv_budget, transfer_s, ours.stage_shares or WHOLE, vllm)
+
+
+def _stages(
+    request: SimulateRequest, roofline: RooflineStepCost, cost: StepCostModel, divide: DivideLayers
+) -> RoleSetup:
+    """Workers of which `divide` divides the layers among the stages."""
+    budget = _kv_budget(request, roofline, divide)
+    return RoleSetup(cost, budget, roofline.stage_shares(request.pipeline_depth, divide))
 
 
 def _from_coefficients(request: SimulateRequest, profile: Path, tp: int) -> _Device:
@@ -145,13 +157,14 @@ def _no_transfer(num_tokens: int) -> float:
     return 0.0
 
 
-def _kv_budget(request: SimulateRequest, roofline: RooflineStepCost, is_described: bool) -> KVBudget | None:
+def _kv_budget(request: SimulateRequest, roofline: RooflineStepCost, divide: DivideLayers) -> KVBudget | None:
     """The KV that the arguments set, or all that fits the device; None (unbounded) for an unknown device."""
     if request.num_blocks is not None:
         return KVBudget(request.num_blocks, request.block_size)
-    if not is_described:
+    if request.profile is not None and request.hardware is None:
         return None
-    num_blocks = roofline.num_kv_blocks(request.block_size, pipeline_depth=request.pipeline_depth)
+    depth = request.pipeline_depth
+    num_blocks = roofline.num_kv_blocks(request.block_size, pipeline_depth=depth, divide=divide)
     if not num_blocks:
         raise ValueError(
             f"{request.model}: {roofline.weight_bytes / 1e9:.1f} GB of weights do not fit {roofline.hardware.name}; "

@@ -1,4 +1,4 @@
-"""Numbers of layers of pipeline stages: balanced by the weights that each stage reads in a step, or set by the user."""
+"""Numbers of layers of pipeline stages: balanced by the weights that a stage reads, set by the user, or as in vLLM."""
 
 from __future__ import annotations
 
@@ -57,6 +57,18 @@ def choose_sizes(
     if num_stages == 1:
         return (config.L,)
     return balanced_sizes(weight_reads(layout, config), num_stages)
+
+
+def vllm_sizes(layout: ModelLayout, config: Any, num_stages: int) -> tuple[int, ...]:
+    """The number of layers of each stage in vLLM, for a simulation of it: equal numbers, whatever the layers read.
+
+    Layers that remain go to the stages from the last but one towards the first. Source: `get_pp_indices` of vLLM 0.19.
+    Raises ConfigError if there are more stages than layers.
+    """
+    if (reason := why_not_divisible(layout.name, config.L, num_stages)) is not None:
+        raise ConfigError(reason)
+    each, rest = divmod(config.L, num_stages)
+    return tuple(each + (num_stages - 1 - rest <= i < num_stages - 1) for i in range(num_stages))
 
 
 def why_not_divisible(name: str, num_layers: int, num_stages: int) -> str | None:

@@ -4,7 +4,7 @@ The graph of a hybrid step covers every step: one without prompts has 0 prompt t
 affine in the sizes of the step, so the coefficients are computed once, and a prediction is a few small matrix products.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes, weight_reads
 from sageLLM.runtime.execution_graph.step_tables import Experts, StepTables
 from sageLLM.runtime.scheduler.step_cost import StepWork
+
+DivideLayers = Callable[[ModelLayout, Any, int], tuple[int, ...]]
+"""The numbers of layers of the stages of a pipeline, of which the last argument is the number."""
 
 
 class RooflineStepCost:
@@ -64,16 +67,22 @@ class RooflineStepCost:
         """Bytes of a token's keys and values on one device, in all layers."""
         return int(self.config.L * self._kept_per_layer)
 
-    def num_kv_blocks(self, block_size: int, memory_share: float = 0.9, pipeline_depth: int = 1) -> int:
+    def num_kv_blocks(
+        self,
+        block_size: int,
+        memory_share: float = 0.9,
+        pipeline_depth: int = 1,
+        divide: DivideLayers = choose_sizes,
+    ) -> int:
         """KV blocks that fit next to the weights in a share of the device's memory; 0 if the weights do not fit.
 
-        With a pipeline of `pipeline_depth` devices the one with the least room for the KV of its layers decides. Raises
-        ConfigError if there are fewer layers than devices.
+        With a pipeline of `pipeline_depth` devices, among which `divide` divides the layers, the one with the least
+        room for the KV of its layers decides. Raises ConfigError if there are fewer layers than devices.
         """
         room = self.hardware.memory_bytes * memory_share
         if pipeline_depth == 1:
             return max(0, int((room - self.weight_bytes) // (self.kv_bytes_per_token * block_size)))
-        sizes = choose_sizes(self._layout, self._whole, pipeline_depth)
+        sizes = divide(self._layout, self._whole, pipeline_depth)
         block_bytes = self._kept_per_layer * block_size
         blocks = [
             (room - held) // (num_layers * block_bytes)
@@ -81,12 +90,12 @@ class RooflineStepCost:
         ]
         return max(0, int(min(blocks)))
 
-    def stage_shares(self, num_stages: int) -> tuple[float, ...]:
+    def stage_shares(self, num_stages: int, divide: DivideLayers = choose_sizes) -> tuple[float, ...]:
         """The part of the time of a step that each pipeline stage takes, by the weights that it reads.
 
         Raises ConfigError if there are fewer layers than stages.
         """
-        sizes = choose_sizes(self._layout, self._whole, num_stages)
+        sizes = divide(self._layout, self._whole, num_stages)
         read = weight_reads(self._layout, self._whole).of_stages(sizes)
         return tuple(num_bytes / sum(read) for num_bytes in read)
 

@@ -44,7 +44,8 @@ class Setup:
     all stages together. In modes besides strict, groups of `expert_parallel_size` workers step together.
 
     With `async_scheduling` a worker plans each step when the one before it starts, as the engine does. It has no effect
-    in strict mode and in pipelines. `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode
+    in strict mode and in pipelines. `vllm` are the workers of mode vllm (None: as all), since vLLM divides layers among
+    stages differently; `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode
     vllm only (`RunningFirstConfig`).
     """
 
@@ -64,6 +65,7 @@ class Setup:
     long_prefill_token_threshold: int = 0
     async_scheduling: bool = False
     objective: ServiceObjective = field(default_factory=ServiceObjective)
+    vllm: RoleSetup | None = None
 
     @property
     def plans_ahead(self) -> bool:
@@ -81,6 +83,7 @@ def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
     if mode == "strict":
         return lambda events: _strict(events, setup)
     if mode == "vllm":
+        setup = _as_vllm(setup)
         return _colocated(_running_first(setup), setup, shares_scheduler=True)
     if mode == "auto":
         return _colocated(_auto(setup), setup)
@@ -89,6 +92,14 @@ def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
     else:
         config = replace(setup.scheduler, mode=mode)
     return _colocated(_pd_scheduler(config, _share(setup.kv_budget, setup.stage_shares), setup.max_model_len), setup)
+
+
+def _as_vllm(setup: Setup) -> Setup:
+    """The setup with the stages and the KV of vLLM's workers."""
+    if (vllm := setup.vllm) is None:
+        return setup
+    stage_shares = vllm.stage_shares or setup.stage_shares
+    return replace(setup, cost=vllm.cost, kv_budget=vllm.kv_budget, stage_shares=stage_shares)
 
 
 def _colocated(make_scheduler: MakeScheduler, setup: Setup, shares_scheduler: bool = False) -> MakeCluster:

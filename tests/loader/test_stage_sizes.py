@@ -21,6 +21,7 @@ from sageLLM.runtime.execution_graph.stage_sizes import (
     balanced_sizes,
     choose_sizes,
     parse_partition,
+    vllm_sizes,
     weight_reads,
 )
 from sageLLM.runtime.execution_graph.stages import PipelineStage
@@ -76,6 +77,17 @@ def test_the_head_counts_and_the_embedding_does_not() -> None:
     assert choose_sizes(LLAMA, config, 1) == (30,)
     assert choose_sizes(LLAMA, config, 2) == (19, 11)
     assert choose_sizes(LLAMA, config, 4) == (9, 9, 10, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "sizes"), [(30, (15, 15)), (5, (3, 2)), (7, (2, 2, 2, 1)), (30, (7, 8, 8, 7)), (29, (7, 7, 8, 7))]
+)
+def test_vllm_divides_layers_whatever_they_read(num_layers: int, sizes: tuple[int, ...]) -> None:
+    """The divisions are those of `get_pp_indices` of vLLM 0.19."""
+    config = LLAMA.read_config(HFConfig({**LLAMA.tiny, **SHAPE_135M, "num_hidden_layers": num_layers}))
+    assert vllm_sizes(LLAMA, config, len(sizes)) == sizes
+    with pytest.raises(ConfigError, match="is more than the"):
+        vllm_sizes(LLAMA, config, num_layers + 1)
 
 
 def test_dense_first_layers_are_cheaper_than_experts() -> None:

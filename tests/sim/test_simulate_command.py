@@ -9,6 +9,8 @@ from typer.testing import CliRunner, Result
 
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.cli.simulate_request import SimulateRequest
+from sageLLM.runtime.cli.simulate_setup import make_setup
 
 from .test_layer_profile import profile
 
@@ -141,7 +143,7 @@ def test_pairs_of_lengths_require_a_rate(model: str, tmp_path: Path) -> None:
         ("hybrid", ("--tp", "2"), False),
         ("hybrid", ("--max-batch-size", "2"), True),
         ("hybrid", ("--max-decode-context", "400"), True),
-        ("vllm", ("--pp", "2"), False),  # a prompt does not wait for the last stage of the step before it
+        ("vllm", ("--pp", "2"), True),  # each step of half the requests waits for the head, most of the second stage
         ("vllm", ("--long-prefill-threshold", "16"), True),
         ("strict", ("--prefill-tp", "2"), False),
         ("strict", ("--decode-tp", "2"), False),
@@ -152,6 +154,16 @@ def test_an_option_changes_the_service(model: str, mode: str, arguments: tuple[s
     other = figures(model, "--mode", mode, *arguments)["modes"][mode]
     total = {name: one["e2e"]["50"] for name, one in (("plain", plain), ("other", other))}
     assert (total["other"] > total["plain"]) is is_slower and total["other"] != total["plain"]
+
+
+def test_mode_vllm_has_the_stages_of_vllm(model: str) -> None:
+    """Two layers each of four, with a head as large as two: three and one in the engine."""
+    setup = make_setup(SimulateRequest(model=model, modes=("hybrid", "vllm"), pipeline_depth=2), 512)
+    assert setup.vllm is not None and setup.vllm.stage_shares is not None, "vllm is one of the modes"
+    assert max(setup.stage_shares) < 0.54 and setup.vllm.stage_shares[1] > 0.68
+    assert setup.kv_budget != setup.vllm.kv_budget
+    without = make_setup(SimulateRequest(model=model, modes=("hybrid",), pipeline_depth=2), 512)
+    assert without.vllm is None and without.stage_shares == setup.stage_shares
 
 
 def test_a_row_for_each_chunk_size(model: str) -> None:
