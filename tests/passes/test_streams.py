@@ -71,6 +71,14 @@ def test_a_chain_over_two_streams_waits_at_every_change() -> None:
     assert waits_of(graph) == [[], ["a"], ["b"], [], []], "d waits for a through b, and e for c in its own lane"
 
 
+def test_a_wait_implies_the_waits_of_what_it_waits_for() -> None:
+    graph = graph_of(*(node(name, OpType.FFN, reads) for name, reads in (("a", "x"), ("b", "a"), ("c", "a b"))))
+    for stream, name in enumerate("abc"):
+        graph.nodes[name].stream_id = stream
+    assert plan_events(graph) == 2
+    assert waits_of(graph) == [[], ["a"], ["b"]], "c, on a third stream, waits for a through b"
+
+
 # bounds
 
 
