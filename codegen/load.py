@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from sageLLM.codegen.diagnostics import Sink, Span, SpecErrors, did_you_mean
+from sageLLM.codegen.diagnostics import Sink, Span, SpecErrors, did_you_mean, render
 from sageLLM.codegen.facts import VOCABULARY
 from sageLLM.codegen.folders import spec_files, template_files
 from sageLLM.codegen.schema.base import Strict, validate
@@ -149,6 +149,33 @@ def load_file(path: Path, display: str, sink: Sink) -> SpecFile | None:
         sink.diagnostics += errors.diagnostics
         return None
     return check_file(doc, sink)
+
+
+def load_only(path: Path, display: str, schema: str) -> Strict:
+    """The spec of a file apart from the spec folders, such as `hardware/v1`. Raises ValueError with its diagnostics."""
+    sink = Sink()
+    spec = _load_only(path, display, schema, sink)
+    if spec is None:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        at = dict(enumerate(lines, 1))
+        raise ValueError("\n".join(render(one, lambda _, line: at.get(line)) for one in sink.diagnostics))
+    return spec
+
+
+def _load_only(path: Path, display: str, schema: str, sink: Sink) -> Strict | None:
+    try:
+        doc = load_document(path, display=display)
+    except SpecErrors as errors:
+        sink.diagnostics += errors.diagnostics
+        return None
+    found = _schema_of(doc, sink)
+    if found is not None and found is not SCHEMAS[schema]:
+        # Before its contents: what is wrong with them does not matter.
+        examples = f"see specs/{schema.partition('/')[0]} for examples"
+        message = f"expected `schema: {schema}`, got {doc.data['schema']}"
+        sink.error("SAGE014", message, doc.span("schema"), examples)
+        return None
+    return validate(found.load(), doc, sink) if found else None
 
 
 def check_file(doc: Document, sink: Sink) -> SpecFile | None:

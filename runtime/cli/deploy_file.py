@@ -1,6 +1,5 @@
 """Deploy specs by name, or from a file outside the specs."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,24 +28,14 @@ def find_placement(name: str) -> tuple[Placement, str]:
 
 def read_placement(path: Path, display: str) -> Placement:
     """The deployment of a file. Raises ValueError with the diagnostics of the file."""
-    from sageLLM.codegen.diagnostics import Sink, render
-    from sageLLM.codegen.load import load_file
+    from sageLLM.codegen.load import load_only
     from sageLLM.codegen.schema.deploy import DeployFile
 
     if not path.is_file():
         raise ValueError(f"{path}: expected a deploy file, got no such file; `sagellm new deploy NAME` makes one")
-    sink = Sink()
-    loaded = load_file(path, display, sink)
-    if sink.diagnostics:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise ValueError("\n".join(render(one, lambda _, line: _line(lines, line)) for one in sink.diagnostics))
-    if loaded is None or not isinstance(loaded.spec, DeployFile):
-        raise ValueError(f"{path}: expected `schema: deploy/v1`; see specs/deploy for examples")
-    return placement_of(loaded.spec)
-
-
-def _line(lines: Sequence[str], number: int) -> str | None:
-    return lines[number - 1] if 0 < number <= len(lines) else None
+    spec = load_only(path, display, "deploy/v1")
+    assert isinstance(spec, DeployFile), "the class of this schema"
+    return placement_of(spec)
 
 
 def placement_of(spec: "DeployFile") -> Placement:

@@ -1,6 +1,5 @@
 """Hardware entries by name, or from a file outside the specs."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,24 +25,14 @@ def find_hardware(name: str | None) -> Hardware:
 
 def read_hardware(path: Path) -> Hardware:
     """A device from a file in the form of `specs/hardware`. Raises ValueError with the diagnostics of the file."""
-    from sageLLM.codegen.diagnostics import Sink, render
-    from sageLLM.codegen.load import load_file
+    from sageLLM.codegen.load import load_only
     from sageLLM.codegen.schema.hardware import HardwareFile
 
     if not path.is_file():
         raise ValueError(f"{path}: expected a hardware file, got no such file")
-    sink = Sink()
-    loaded = load_file(path, str(path), sink)
-    if sink.diagnostics:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise ValueError("\n".join(render(one, lambda _, line: _line(lines, line)) for one in sink.diagnostics))
-    if loaded is None or not isinstance(loaded.spec, HardwareFile):
-        raise ValueError(f"{path}: expected `schema: hardware/v1`; see specs/hardware for examples")
-    return _device(loaded.spec)
-
-
-def _line(lines: Sequence[str], number: int) -> str | None:
-    return lines[number - 1] if 0 < number <= len(lines) else None
+    spec = load_only(path, str(path), "hardware/v1")
+    assert isinstance(spec, HardwareFile), "the class of this schema"
+    return _device(spec)
 
 
 def _device(spec: "HardwareFile") -> Hardware:

@@ -243,6 +243,13 @@ def test_a_file_that_is_missing_and_a_name_that_is_unknown() -> None:
         find_placement("nowhere")
 
 
+def test_a_spec_of_another_kind_is_named_before_its_contents(tmp_path: Path) -> None:
+    path = tmp_path / "dims.yaml"
+    path.write_text("schema: dims/v1\ndims: {}\n")
+    with pytest.raises(ValueError, match=r"dims.yaml:1:9: error\[SAGE014\]: expected `schema: deploy/v1`, got dims/v1"):
+        read_placement(path, "dims.yaml")
+
+
 def test_a_new_deployment_can_be_printed(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["new", "deploy", "mine", "--specs", str(tmp_path)])
     assert done.exit_code == 0, done.output

@@ -353,7 +353,7 @@ def test_a_hardware_file_that_is_none(model: str, tmp_path: Path) -> None:
     assert done.stderr == f"error: {path}: expected a hardware file, got no such file\n"
     path.write_text("schema: dims/v1\ndims: {}\n")
     done = simulate("--model", model, *SYNTHETIC, "--hardware", str(path))
-    assert done.stderr.startswith(f"error: {path}: expected `schema: hardware/v1`")
+    assert done.stderr.startswith(f"error: {path}:1:9: error[SAGE014]: expected `schema: hardware/v1`, got dims/v1\n")
 
 
 def test_kernels_without_fusion_take_longer(model: str) -> None:
