@@ -8,6 +8,7 @@ __all__ = ["MODELS"]
 
 MODELS = LayoutTable(
     {
+        "afmoe": LayoutEntry(f"{__name__}.afmoe", "AFMOE", ("AfmoeForCausalLM",)),
         "apertus": LayoutEntry(f"{__name__}.apertus", "APERTUS", ("ApertusForCausalLM",)),
         "arcee": LayoutEntry(f"{__name__}.arcee", "ARCEE", ("ArceeForCausalLM",)),
         "bert": LayoutEntry(
@@ -38,6 +39,7 @@ MODELS = LayoutTable(
             ),
         ),
         "falcon": LayoutEntry(f"{__name__}.falcon", "FALCON", ("FalconForCausalLM",)),
+        "flex_olmo": LayoutEntry(f"{__name__}.flex_olmo", "FLEX_OLMO", ("FlexOlmoForCausalLM",)),
         "gemma": LayoutEntry(f"{__name__}.gemma", "GEMMA", ("GemmaForCausalLM",)),
         "gemma2": LayoutEntry(f"{__name__}.gemma2", "GEMMA2", ("Gemma2ForCausalLM",)),
         "gemma3": LayoutEntry(f"{__name__}.gemma3", "GEMMA3", ("Gemma3ForCausalLM",)),
@@ -59,10 +61,14 @@ MODELS = LayoutTable(
         "gptj": LayoutEntry(f"{__name__}.gptj", "GPTJ", ("GPTJForCausalLM",)),
         "granite": LayoutEntry(f"{__name__}.granite", "GRANITE", ("GraniteForCausalLM",)),
         "granitemoe": LayoutEntry(f"{__name__}.granitemoe", "GRANITEMOE", ("GraniteMoeForCausalLM",)),
+        "granitemoehybrid": LayoutEntry(
+            f"{__name__}.granitemoehybrid", "GRANITEMOEHYBRID", ("GraniteMoeHybridForCausalLM",)
+        ),
         "hunyuan_v1_dense": LayoutEntry(
             f"{__name__}.hunyuan_v1_dense", "HUNYUAN_V1_DENSE", ("HunYuanDenseV1ForCausalLM",)
         ),
         "hunyuan_v1_moe": LayoutEntry(f"{__name__}.hunyuan_v1_moe", "HUNYUAN_V1_MOE", ("HunYuanMoEV1ForCausalLM",)),
+        "hy_v3": LayoutEntry(f"{__name__}.hy_v3", "HY_V3", ("HYV3ForCausalLM",)),
         "hyperclovax": LayoutEntry(f"{__name__}.hyperclovax", "HYPERCLOVAX", ("HyperCLOVAXForCausalLM",)),
         "kimi_k25": LayoutEntry(
             f"{__name__}.kimi_k25",
@@ -83,6 +89,7 @@ MODELS = LayoutTable(
         ),
         "llama4": LayoutEntry(f"{__name__}.llama4", "LLAMA4", ("Llama4ForCausalLM",)),
         "llama4_mm": LayoutEntry(f"{__name__}.llama4_mm", "LLAMA4_MM", ("Llama4ForConditionalGeneration",)),
+        "mellum": LayoutEntry(f"{__name__}.mellum", "MELLUM", ("MellumForCausalLM",)),
         "minimax_m2": LayoutEntry(f"{__name__}.minimax_m2", "MINIMAX_M2", ("MiniMaxM2ForCausalLM",)),
         "ministral": LayoutEntry(f"{__name__}.ministral", "MINISTRAL", ("MinistralForCausalLM",)),
         "ministral3": LayoutEntry(f"{__name__}.ministral3", "MINISTRAL3", ("Ministral3ForCausalLM",)),

@@ -31,6 +31,14 @@ SIGMOID = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 2.5,
 }
+SHARED = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 40,
+    "head_dim": 16,
+}
+ATTENTION_ONLY = {"layer_types": ["full_attention"] * 3, "shared_intermediate_size": 72, "mamba_n_heads": 4}
 LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 72, "head_dim": 16, "floor_scale": 5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 5}),
@@ -156,6 +164,72 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "sliding_window": 7,
             "sliding_window_pattern": 2,
+        },
+    ),
+    "hy_v3": ("HYV3", {**SHARED, "router_scaling_factor": 2.5}),
+    "hy_v3 with biases, two shared experts, named layers": (
+        "HYV3",
+        {
+            **SHARED,
+            "num_shared_experts": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+        },
+    ),
+    "afmoe": ("Afmoe", {**SHARED, "sliding_window": 7, "global_attn_every_n_layers": 3, "mup_enabled": True}),
+    "afmoe with biases, named layers, two shared experts": (
+        "Afmoe",
+        {
+            **SHARED,
+            "num_shared_experts": 2,
+            "num_dense_layers": 2,
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "attention_bias": True,
+            "route_scale": 2.5,
+        },
+    ),
+    "granitemoehybrid": ("GraniteMoeHybrid", {**ATTENTION_ONLY, "num_local_experts": 5, "residual_multiplier": 0.22}),
+    "granitemoehybrid without experts, rotated, tied": (
+        "GraniteMoeHybrid",
+        {
+            **ATTENTION_ONLY,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.05,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "flex_olmo": ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "flex_olmo with groups and biases, renormalised": (
+        "FlexOlmo",
+        {"num_experts": 4, "num_experts_per_tok": 3, "attention_bias": True, "norm_topk_prob": True},
+    ),
+    "mellum": ("Mellum", {**EXPERTS, "num_experts": 6, "head_dim": 16}),
+    "mellum with windows, scaled positions, a dense layer": (
+        "Mellum",
+        {
+            **EXPERTS,
+            "num_experts": 5,
+            "head_dim": 32,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "norm_topk_prob": False,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 20000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
         },
     ),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "router_jitter_noise": 0.3}),
