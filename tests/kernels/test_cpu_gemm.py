@@ -1,6 +1,7 @@
 """GEMMs on the CPU: every instruction set against float64; the result of a row depends on nothing but the row."""
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, kernel_function
 from sageLLM.runtime.kernels.cpu.packing import (
+    BLOCK,
     DTYPE_NAMES,
     PackedWeight,
     WeightMemory,
     gates_by_weight,
     pack,
+    pack_away,
     unpack_rows,
 )
 from sageLLM.runtime.registry.plugins import load_registry
@@ -276,3 +279,26 @@ def test_pieces_of_memory_begin_at_cache_lines_and_do_not_overlap() -> None:
         piece.fill_(number)
     assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
     assert [piece.unique().tolist() for piece in pieces] == [[0], [1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 33), (4001, 100), (70000, 96)])
+def test_the_memory_of_a_weight_is_returned_while_it_is_packed(
+    dtype: torch.dtype, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    library = FreshLibrary(tmp_path)
+    weight = torch.randn(shape).to(dtype)
+    expected = pack(weight, 1, library).values
+    found = pack_away(weight, library, WeightMemory())
+    assert torch.equal(found.values, expected) and found.shape == weight.shape
+    # Pages at the ends may be of others, too, and those at the ends of blocks are of two blocks.
+    assert num_resident(weight) <= min(weight.nbytes // mmap.PAGESIZE, weight.nbytes // BLOCK) + 2
+
+
+def num_resident(tensor: Tensor) -> int:
+    """The pages of a tensor that are in memory."""
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    count = -(-(tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE)
+    flags = (ctypes.c_ubyte * count)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(count * mmap.PAGESIZE), flags) == 0
+    return sum(flag & 1 for flag in flags)

@@ -16,13 +16,22 @@ from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded, pack_codes, unpacked
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack, release_free_memory
+from sageLLM.runtime.kernels.cpu.packing import (
+    PackedWeight,
+    WeightMemory,
+    gates_by_weight,
+    pack,
+    pack_away,
+    release_free_memory,
+)
 
 Weight: TypeAlias = Tensor | PackedWeight | CodedWeight
 """A weight; codes only until `pack_weights` or `decode_weights` has run."""
 
 FREED_BYTES = 2**25
 """Bytes of codes after which free memory is returned to the system."""
+LARGE_BYTES = 2**25
+"""Bytes from which a weight returns its memory while it is packed."""
 MUST_BE_PACKED = "codes must be packed or decoded before a plan binds them"
 
 
@@ -34,8 +43,8 @@ def pack_weights(
 ) -> None:
     """Replaces the weights that the graphs' GEMMs read by their packed form, one at a time to bound the peak memory.
 
-    `ties` maps a tied weight to the weight that it shares. Codes that no GEMM reads are decoded. Raises CompileError,
-    and then changes nothing.
+    `ties` maps a tied weight to the weight that it shares. The values of large weights are lost, so `weights` must be
+    the only owner. Codes that no GEMM reads are decoded. Raises CompileError, and then changes nothing.
     """
     graphs = list(graphs)
     memory, gates_by_name = WeightMemory(), gates_of(graphs, ties, runner)
@@ -47,6 +56,8 @@ def pack_weights(
             # All names of a tied weight must get the same packed object, or both forms would stay in memory.
             if isinstance(held, CodedWeight):
                 packed = pack_codes(held, gates, memory)
+            elif held.nbytes >= LARGE_BYTES and gates == 1 and held.dim() == 2 and held.is_contiguous():
+                packed = pack_away(held, runner.library, memory)
             else:
                 packed = pack(held, gates, runner.library, memory)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))

@@ -19,6 +19,8 @@ PANEL, DEPTH = 16, 32
 
 LINE, LARGE_PAGE, RESERVE = 64, 2**21, 2**28
 """Sizes in bytes of a cache line, a large page, and a reservation of `WeightMemory`."""
+BLOCK = 2**23
+"""Bytes of a weight after which `pack_away` returns memory."""
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -84,6 +86,14 @@ def release_free_memory() -> None:
         trim(ctypes.c_size_t(0))
 
 
+def release_pages(tensor: Tensor) -> None:
+    """Returns the memory of a contiguous CPU tensor to the system, whole pages of it. Its values are lost."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 def _large_pages(size: int) -> Tensor:
     """At least `size` bytes aligned to a large page, in large pages if the system provides them."""
     memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
@@ -96,16 +106,43 @@ def _large_pages(size: int) -> Tensor:
 def pack(weight: Tensor, gates: int, library: Library, memory: WeightMemory | None = None) -> PackedWeight:
     """A packed copy of the weight, in `memory` if it is to stay. Rows with gaps are made contiguous first."""
     weight = weight if weight.stride(-1) == 1 or weight.shape[-1] <= 1 else weight.contiguous()
-    groups = weight.shape[0] if weight.dim() == 3 else 1
-    features, inner = weight.shape[-2] // gates, weight.shape[-1]
-    assert features * gates == weight.shape[-2], f"{gates} gates of a weight of {weight.shape[-2]} features"
-    panels = groups * gates * -(-features // PANEL)
-    memory = memory if memory is not None else WeightMemory(reserve=0)
-    values = memory.take(panels * PANEL * -(-inner // DEPTH) * DEPTH, weight.dtype)
-    group_stride = weight.stride(0) if weight.dim() == 3 else 0
-    sizes = (groups, gates, features, inner, group_stride, weight.stride(-2))
-    call(library, "pack", (weight, values), sizes)
+    values = _taken(weight, gates, memory)
+    _pack_into(values, weight, gates, library)
     return PackedWeight(values, weight.shape, gates)
+
+
+def pack_away(weight: Tensor, library: Library, memory: WeightMemory) -> PackedWeight:
+    """As `pack` of a weight [N, K] without gates. Its memory is returned meanwhile, so that its values are lost.
+
+    So the peak is one copy of the weight and a block, and not two copies; the head is a quarter of some models.
+    """
+    assert weight.dim() == 2 and weight.is_contiguous()
+    values = _taken(weight, 1, memory)
+    num_rows = max(1, BLOCK // (weight.stride(0) * weight.itemsize * PANEL)) * PANEL
+    for start in range(0, len(weight), num_rows):
+        rows = weight[start : start + num_rows]
+        _pack_into(values[start * len(values) // _num_features(weight, 1) :], rows, 1, library)
+        release_pages(rows)
+    return PackedWeight(values, weight.shape, 1)
+
+
+def _num_features(weight: Tensor, gates: int) -> int:
+    """Features with those that fill up the last panel of each gate."""
+    return gates * -(-weight.shape[-2] // (gates * PANEL)) * PANEL
+
+
+def _taken(weight: Tensor, gates: int, memory: WeightMemory | None) -> Tensor:
+    """Memory for the packed form of a weight."""
+    assert weight.shape[-2] % gates == 0, f"{gates} gates of a weight of {weight.shape[-2]} features"
+    groups = weight.shape[0] if weight.dim() == 3 else 1
+    memory = memory if memory is not None else WeightMemory(reserve=0)
+    return memory.take(groups * _num_features(weight, gates) * -(-weight.shape[-1] // DEPTH) * DEPTH, weight.dtype)
+
+
+def _pack_into(values: Tensor, weight: Tensor, gates: int, library: Library) -> None:
+    groups, group_stride = (weight.shape[0], weight.stride(0)) if weight.dim() == 3 else (1, 0)
+    sizes = (groups, gates, weight.shape[-2] // gates, weight.shape[-1], group_stride, weight.stride(-2))
+    call(library, "pack", (weight, values), sizes)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
