@@ -43,7 +43,12 @@ _FITS = {"f32": ("int", "float"), "i32": ("int", "size"), "dim": ("int", "size")
 
 def is_value_name(name: str) -> bool:
     """Whether a layout's value may have the name; reserved names are used by the generated function."""
-    return bool(_VALUE.match(name)) and not iskeyword(name) and name not in _RESERVED
+    return bool(_VALUE.match(name)) and not is_reserved(name)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether the name is a keyword, or one that the generated function uses."""
+    return iskeyword(name) or name in _RESERVED
 
 
 @dataclass(frozen=True, slots=True)

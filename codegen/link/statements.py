@@ -11,7 +11,7 @@ from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_stat
 from sageLLM.codegen.link.attend import link_attend
 from sageLLM.codegen.link.expressions import FORMS, non_null_where
 from sageLLM.codegen.link.flat_layout import FlatBranch, FlatChoose, FlatLine, Located
-from sageLLM.codegen.link.scope import Scope, Value, count_words, is_value_name
+from sageLLM.codegen.link.scope import Scope, Value, count_words, is_reserved, is_value_name
 from sageLLM.codegen.link.sharding import with_reduction
 from sageLLM.codegen.model.layout import BlockCall, Branch, Choose, OpCall, Statement, WeightDef
 from sageLLM.codegen.model.op import OpDef, Operand
@@ -196,7 +196,9 @@ def _why_undefined(values: list[Value]) -> str | None:
 
 def name_finding(name: str, node: ast.Name | None = None) -> tuple[str, ast.Name | None, str]:
     """The finding about a name that values cannot have."""
-    help = "use lower-case letters, digits and `_`, beginning with a letter; names of generated code are reserved"
+    if is_reserved(name):
+        return f"the name '{name}' is reserved", node, "choose another name: generated code uses this one"
+    help = "use lower-case letters, digits and `_`, beginning with a letter"
     return f"expected a value name, got '{name}'", node, help
 
 
