@@ -33,7 +33,7 @@ from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.kernel_choice import reads_codes
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
-from sageLLM.runtime.loader.model import Model, load_model, rank_config
+from sageLLM.runtime.loader.model import Model, check_config, load_model, rank_config
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
@@ -122,6 +122,7 @@ def load(
 ) -> tuple[Model, Tokenizer | None]:
     """The model, with weights if it runs in this process, and its tokenizer, unless `skip_tokenizer`."""
     device = parse_device(options.device)
+    check_config(folder, registry)  # before the tokenizer: what is wrong with the model comes first
     # The probe is a process, which runs while the weights are loaded.
     with nullcontext() if options.skip_tokenizer else closing(start_probe(folder)) as probe:
         model = load_model(

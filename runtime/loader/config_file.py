@@ -18,9 +18,8 @@ NESTED_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_confi
 def read_config_file(path: Path) -> dict[str, Any]:
     """The JSON object in a config.json. Raises CheckpointError if the file is missing or holds anything else."""
     if not path.exists():
-        raise CheckpointError(
-            f"expected {path.name} in {path.parent}; pass the folder of a Hugging Face checkpoint, or a GGUF file"
-        )
+        what = f"expected {path.name} in {path.parent}" if path.parent.is_dir() else f"{path.parent} is not a folder"
+        raise CheckpointError(f"{what}; pass the folder of a Hugging Face checkpoint, or a GGUF file")
     data = read_json(path)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {shown(data)}")

@@ -190,6 +190,12 @@ def load_model(
     )
 
 
+def check_config(folder: Path, registry: Registry) -> None:
+    """Raises CheckpointError as `load_model` does for a config.json without a layout, or that the layout rejects."""
+    path = folder / "config.json"
+    _read_config(read_config_file(path), path, registry)
+
+
 def _read_config(data: dict[str, Any], path: Path, registry: Registry) -> tuple[ModelLayout, Any]:
     """The layout of a config.json, and what it reads from it. Raises CheckpointError if there is none."""
     layout = layout_of(data, path, registry.models)

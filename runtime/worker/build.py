@@ -45,7 +45,7 @@ class WeightsPlacement(msgspec.Struct, frozen=True):
     folder: str | None = None
 
 
-DESCRIPTORS = ("shared_memory", "link_memory", "af_channel")
+DESCRIPTORS = ("rendezvous_file", "shared_memory", "link_memory", "af_channel")
 """The fields of `WorkerSpec` that are descriptors; its group has more."""
 
 
@@ -53,7 +53,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """One rank of `tp` tensor-parallel ranks in each of `pp` pipeline stages.
 
     The ranks of a stage follow each other. The other fields are the arguments of `LLM` of the same names. `rendezvous`
-    is a file that the ranks share to find each other, or for several hosts the address HOST:PORT of a TCP store.
+    is a file that the ranks share to find each other, or for several hosts the address HOST:PORT of a TCP store, and
+    `rendezvous_file` the descriptor of such a file.
     `host_ranks` are the ranks on the same host. `shared_memory` and `link_memory` are descriptors of memory for the
     collectives of the stage, and for the messages between the ranks of the host, of the CPU kernels.
 
@@ -82,6 +83,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     pp_layer_partition: str | None = None
     kv_tier: Tier = "device"
     rendezvous: str | None = None
+    rendezvous_file: int | None = None
     shared_memory: int | None = None
     enable_expert_parallel: bool = False
     num_ubatches: int = 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
-import tempfile
 import threading
 import time
 import weakref
@@ -14,7 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from multiprocessing.connection import wait as wait_for
-from pathlib import Path
 
 import msgspec
 from torch._C._distributed_c10d import TCPStore
@@ -33,6 +30,7 @@ from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.process import Done, Failed, IoReported, Ready, Refused, Reply, ReportIo, Reset, Run
 from sageLLM.runtime.worker.rank import Rank, RemoteRank
 from sageLLM.runtime.worker.rank_processes import start_ranks
+from sageLLM.runtime.worker.rendezvous import RendezvousFile
 
 Listener = Callable[["Report | None"], None]
 """Gets the reports of the ranks, and None when the workers are lost or ended."""
@@ -188,23 +186,23 @@ class ProcessExecutor:
 class _Group:
     """The processes of one start."""
 
-    def __init__(self, folder: Path, cluster: Cluster | None) -> None:
+    def __init__(self, cluster: Cluster | None) -> None:
         self.ranks: list[Rank | RemoteRank] = []
         self.lost: str | None = None
         self.addresses: list[str] = []
         self.facts: Mapping[str, str] = {}
         self.io_reports: queue.SimpleQueue[tuple[int, list[IoReport]]] = queue.SimpleQueue()
-        self._folder, self._cluster = folder, cluster
+        self._cluster, self._rendezvous = cluster, None if cluster is not None else RendezvousFile()
         self._store: TCPStore | None = None
 
     @classmethod
     def start(cls, spec: WorkerSpec, cluster: Cluster | None = None) -> _Group:
-        group = cls(Path(tempfile.mkdtemp(prefix="sagellm-")), cluster)  # readable by this user only
+        group = cls(cluster)
         try:
             group._start_ranks(spec)
             group._await_ranks(time.monotonic() + START_SECONDS)
             if spec.device == "cpu":  # the ranks are connected; NCCL connects them in the first collective
-                shutil.rmtree(group._folder, ignore_errors=True)
+                group._close_rendezvous()
         except BaseException:
             group.lose("the start has failed")
             group.end()
@@ -214,14 +212,13 @@ class _Group:
     def _start_ranks(self, spec: WorkerSpec) -> None:
         interface: str | None = "lo"
         own = range(spec.num_ranks)
-        if self._cluster is None:
-            rendezvous = str(self._folder / "rendezvous")
-        else:
+        if self._rendezvous is not None:
+            spec = self._rendezvous.added_to(spec)
+        if self._cluster is not None:
             address = self._cluster.node.address
             self._store = TCPStore(address, 0, None, True, wait_for_workers=False)
-            rendezvous, interface = f"{address}:{self._store.port}", self._cluster.interface
-            own = self._cluster.ranks_of(0)
-        spec = msgspec.structs.replace(spec, rendezvous=rendezvous)
+            spec = msgspec.structs.replace(spec, rendezvous=f"{address}:{self._store.port}")
+            interface, own = self._cluster.interface, self._cluster.ranks_of(0)
         self.ranks += start_ranks(spec, own, interface)
         if self._cluster is not None:
             self.ranks += self._cluster.start(spec)
@@ -249,7 +246,11 @@ class _Group:
         for rank in self.ranks:
             rank.await_end()
         self._store = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._close_rendezvous()
+
+    def _close_rendezvous(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.close()
 
     def kill(self) -> None:
         for rank in self.ranks:

@@ -24,11 +24,10 @@ def join_ranks(spec: WorkerSpec) -> TokenReturn | None:
     """Meets the other ranks. Returns the way of sampled tokens between pipeline stages, if there are several."""
     if spec.num_ranks == 1:
         return None
-    assert spec.rendezvous is not None, "ranks need a file to find each other"
     is_cuda = spec.device.startswith("cuda")
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
-        store=_store(spec.rendezvous, spec.num_ranks),
+        store=_store(spec),
         rank=spec.rank,
         world_size=spec.num_ranks,
         timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
@@ -43,11 +42,14 @@ def join_ranks(spec: WorkerSpec) -> TokenReturn | None:
     return TokenReturn(_token_channel(spec, tokens), is_first_stage=spec.is_first_stage)
 
 
-def _store(rendezvous: str, num_ranks: int) -> Store:
-    address, colon, port = rendezvous.rpartition(":")
+def _store(spec: WorkerSpec) -> Store:
+    if spec.rendezvous_file is not None:
+        return FileStore(f"/proc/self/fd/{spec.rendezvous_file}", spec.num_ranks)
+    assert spec.rendezvous is not None, "ranks need a file or an address to find each other"
+    address, colon, port = spec.rendezvous.rpartition(":")
     if not colon:
-        return FileStore(rendezvous, num_ranks)
-    return TCPStore(address, int(port), num_ranks, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+        return FileStore(spec.rendezvous, spec.num_ranks)
+    return TCPStore(address, int(port), spec.num_ranks, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
 
 
 def _make_groups(spec: WorkerSpec) -> "dist.ProcessGroup | None":

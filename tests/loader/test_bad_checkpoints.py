@@ -76,11 +76,8 @@ def test_a_folder_without_config(folder: Path) -> None:
         == f"expected config.json in {folder}; pass the folder of a Hugging Face checkpoint, or a GGUF file"
     )
     missing = folder / "elsewhere"
-    assert (
-        refusal(missing)
-        == f"expected config.json in {missing}; pass the folder of a Hugging Face checkpoint, or a GGUF file"
-    )
-    assert refusal(missing, TokenizerError, skip_tokenizer=False) == f"{missing} is not a folder"
+    message = f"{missing} is not a folder; pass the folder of a Hugging Face checkpoint, or a GGUF file"
+    assert refusal(missing) == refusal(missing, skip_tokenizer=False) == message
 
 
 @pytest.mark.parametrize(
@@ -445,6 +442,11 @@ def test_a_plugin_that_was_damaged_and_repaired(folder: Path, generated: Path, t
 def test_no_tokenizer(folder: Path) -> None:
     message = f"expected tokenizer.json in {folder}; copy it from the model's page, or pass prompts as token ids"
     assert refusal(folder, TokenizerError, skip_tokenizer=False) == message
+
+
+def test_an_unknown_architecture_comes_before_a_missing_tokenizer(folder: Path) -> None:
+    edit_config(folder, architectures=["NobodysModel"])
+    assert "got NobodysModel" in refusal(folder, CheckpointError, skip_tokenizer=False)
 
 
 def test_text_for_a_model_that_was_loaded_without_tokenizer(llm: LLM) -> None:

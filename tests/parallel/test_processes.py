@@ -242,6 +242,19 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "temporary files are left"
 
 
+def test_nothing_is_left_of_a_start_that_is_killed(tmp_path: Path) -> None:
+    """The engine is killed when it has started its ranks, which then wait for each other."""
+    script = (
+        "import os; from sageLLM import LLM; from sageLLM.runtime.worker import process_executor\n"
+        "def kill(rank, deadline): os.kill(os.getpid(), 9)\n"
+        "process_executor.await_ready = kill\n"
+        f"LLM({str(MODEL)!r}, dtype='float32', tensor_parallel_size=2, skip_tokenizer=True)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", script], check=False, env=environment).returncode == -signal.SIGKILL
+    assert not list(tmp_path.iterdir()), "temporary files are left"
+
+
 def test_a_worker_ends_if_its_parent_died_before_it_began_to_watch() -> None:
     """While it waits for other ranks, which have not started and never will."""
     script = (
