@@ -43,7 +43,7 @@ class Rank:
         """Waits for the end of the process, and kills it if that takes too long."""
         if self.process.wait(END_SECONDS) is None:
             self.process.kill()
-            self.process.wait()
+            self.process.wait(EXIT_SECONDS)  # not for ever: the server that tells the exit code may be stopped
 
     def describe_end(self) -> str:
         """How the process has ended, in words; it may take a moment to end after it has closed its connection."""

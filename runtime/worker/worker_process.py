@@ -18,6 +18,8 @@ from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.fork_server import SIZE_LEN, Start, send
 
+ANSWER_SECONDS = 120.0
+"""The deadline of an answer of the fork server, which imports torch before the first one."""
 FORK_SERVER = "sageLLM.runtime.worker.fork_server"
 
 
@@ -74,10 +76,10 @@ class ForkServerClient:
         files = [1, 2, connection, *spec.files]
         with self._lock:
             for _ in range(2):
-                with suppress(OSError, EOFError):  # the server has ended
+                with suppress(OSError, EOFError):  # the server has ended, or does not answer
                     return self._start(start, files)
                 self._forget_server()
-        raise EngineError("the process that starts workers has ended; its errors are above")
+        raise EngineError("the process that starts workers has ended or does not answer; its errors are above")
 
     def _forget_server(self) -> None:
         if self._requests is not None:
@@ -112,6 +114,7 @@ WORKERS = ForkServerClient()
 def start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Starts a fork server, which answers requests on the socket when it is ready."""
     ours, theirs = socket.socketpair()
+    ours.settimeout(ANSWER_SECONDS)  # a stopped server counts as one that has ended
     with theirs:
         search_path = os.pathsep.join(path for path in sys.path if path)
         # OpenBLAS, which numpy loads, must not start threads.

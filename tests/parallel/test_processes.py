@@ -203,6 +203,17 @@ def test_a_killed_fork_server_costs_no_request(one_rank: LLM, expected: list[Req
     assert WORKERS.process_id != server
 
 
+def test_a_stopped_fork_server_is_replaced(one_rank: LLM, expected: list[RequestOutput]) -> None:
+    """It neither starts workers nor tells how one has ended."""
+    server, before = WORKERS.process_id, process_ids(one_rank)
+    assert server is not None and WORKERS._requests is not None
+    WORKERS._requests.settimeout(2.0)
+    os.kill(server, signal.SIGSTOP)
+    os.kill(before[0], signal.SIGKILL)
+    assert_same(one_rank.generate(PROMPTS, PARAMS), expected)
+    assert WORKERS.process_id != server
+
+
 def test_a_request_that_kills_every_worker_is_ended(
     one_rank: LLM, expected: list[RequestOutput], caplog: pytest.LogCaptureFixture
 ) -> None:
