@@ -28,8 +28,8 @@ COPIES = (
     ("int4-g32", "gptq", True),
 )
 """Formats with the method, and whether the head is quantised too."""
-FILES = ("q8_0", "q4_0")
-"""Formats of GGUF files, with tables of tokens in q8_0."""
+FILES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Formats of GGUF files, with tables of tokens in q8_0. The bundled model's rows are too short for super-blocks."""
 NUM_TOKENS = 256
 NUM_SAMPLES = 128
 SCORES = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)

@@ -12,7 +12,7 @@ from sageLLM.codegen.emit.format_text import TORCH, FormatText
 from sageLLM.codegen.model.format import Bits, FormatDef, StoredTensor
 from sageLLM.codegen.model.format_stores import Stores, tensor_of
 
-_TYPES = {**TORCH, "f8": "float8_e4m3fn"}
+TYPES = {**TORCH, "f8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,14 @@ class StoresText:
         return [name for name in text.sizes if name == self.stores.kind]
 
     @property
-    def constants(self) -> list[tuple[str, int]]:
-        """The length of a block."""
-        return [("B", int(self.format.spec.sizes["B"]))] if self.format.block_bytes is not None else []
+    def lines(self) -> list[str]:
+        """Assignments before the results: none."""
+        return []
 
     @property
     def results(self) -> list[tuple[str, str]]:
-        """The stored tensors by name; one of blocks is all of them."""
-        texts = [(tensor.name, self._tensor_text(tensor)) for tensor in self.format.tensors]
-        if self.format.block_bytes is None:
-            return texts
-        return [("blocks", f"block({', '.join(text for _, text in texts)})")]
+        """The stored tensors by name."""
+        return [(tensor.name, self._tensor_text(tensor)) for tensor in self.format.tensors]
 
     def _tensor_text(self, tensor: StoredTensor) -> str:
         stores = self.stores
@@ -53,27 +50,25 @@ class StoresText:
         if stores.zeros is not None and tensor.name == tensor_of(stores.zeros):
             return self._words("zeros", stores.zeros, tensor)
         text = "codes"
-        if self.format.block_bytes is not None:
-            text += ".reshape(codes.shape[0], -1, B)"
         if stores.center is not None:
             text = f"{text} + {FormatText(self.format).text_of(stores.center)}"
         if isinstance(stores.codes, Bits):
             return self._words(text, stores.codes, tensor)
-        return f"{text}{_transposed(tensor)}.to(torch.{_TYPES[tensor.element]})"
+        return f"{text}{_transposed(tensor)}.to(torch.{TYPES[tensor.element]})"
 
     def _scales(self, tensor: StoredTensor) -> str:
-        if not tensor.dims:
-            text = "scales.reshape(1)"
-        else:
-            text = "scales[..., None]" if self.format.block_bytes is not None else f"scales{_transposed(tensor)}"
-        return text if tensor.element == "float" else f"{text}.to(torch.{_TYPES[tensor.element]})"
+        text = f"scales{_transposed(tensor)}" if tensor.dims else "scales.reshape(1)"
+        return text if tensor.element == "float" else f"{text}.to(torch.{TYPES[tensor.element]})"
 
     def _words(self, text: str, fields: Bits, tensor: StoredTensor) -> str:
-        axis = [extent.dim for extent in tensor.dims].index(fields.dim)
-        extra = (
-            f", order={fields.order}" if fields.order is not None else f", run={fields.run}" if fields.run > 1 else ""
-        )
-        return f"words({text}{_transposed(tensor)}, {fields.width}, {axis}, torch.{_TYPES[tensor.element]}{extra})"
+        return words_text(f"{text}{_transposed(tensor)}", fields, tensor)
+
+
+def words_text(text: str, fields: Bits, tensor: StoredTensor) -> str:
+    """Words of a tensor with the elements of `text`, whose dims are in its order."""
+    axis = [extent.dim for extent in tensor.dims].index(fields.dim)
+    extra = f", order={fields.order}" if fields.order is not None else f", run={fields.run}" if fields.run > 1 else ""
+    return f"words({text}, {fields.width}, {axis}, torch.{TYPES[tensor.element]}{extra})"
 
 
 def _transposed(tensor: StoredTensor) -> str:

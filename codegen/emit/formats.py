@@ -6,10 +6,12 @@ from typing import Any
 
 from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.emit.docs import _cell, _code, page, table
+from sageLLM.codegen.emit.format_blocks import BlockStoresText
 from sageLLM.codegen.emit.format_stores import StoresText
 from sageLLM.codegen.emit.format_text import FormatText
-from sageLLM.codegen.kernel.codes import codes_of
 from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor
+from sageLLM.codegen.model.format_blocks import block_stores_of
+from sageLLM.codegen.model.format_codes import codes_of
 from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, ident, lit
@@ -27,19 +29,35 @@ class FormatView:
     text: FormatText
 
     @property
-    def stores(self) -> StoresText | None:
+    def stores(self) -> StoresText | BlockStoresText | None:
         """The function of the stored tensors, if checkpoints of the format are written."""
-        found = stores_of(self.format) if self.format.spec.write else None
+        if not self.format.spec.write:
+            return None
+        if self.format.block_bytes is not None:
+            blocks = block_stores_of(self.format)
+            return None if blocks is None else BlockStoresText(self.format, blocks)
+        found = stores_of(self.format)
         return None if found is None else StoresText(self.format, found)
 
     @property
-    def written(self) -> tuple[Any, ...]:
-        """The fields of `Written`, empty if such weights are not written."""
+    def is_written_in_blocks(self) -> bool:
+        """Whether blocks of the format are written."""
+        return isinstance(self.stores, BlockStoresText)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The arguments of `Written` as text, empty if such weights are not written."""
         if (text := self.stores) is None:
             return ()
-        spec, stores = self.format.spec, text.stores
+        spec = self.format.spec
         schemes = {name: {key: _value(one) for key, one in settings.items()} for name, settings in spec.write.items()}
-        return (schemes, stores.kind, stores.scales.name, stores.zeros is not None, spec.scales, spec.shape)
+        if isinstance(text, BlockStoresText):
+            codes, ranges = text.stores.codes, dict(text.stores.ranges)
+            block = f"BlockCodes({lit(int(codes.group))}, {lit(tuple(text.parts))}, {lit(ranges)})"
+            return (*map(lit, (schemes, codes.kind, "", False, spec.scales, None)), block, lit(spec.incomplete))
+        stores = text.stores
+        facts = (schemes, stores.kind, stores.scales.name, stores.zeros is not None, spec.scales, spec.shape)
+        return tuple(map(lit, facts))
 
     @property
     def layout_name(self) -> str:

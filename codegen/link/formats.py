@@ -10,9 +10,10 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.types import split_dims
 from sageLLM.codegen.link.format_values import Scope, link_value
-from sageLLM.codegen.link.gguf import check_architectures
+from sageLLM.codegen.link.gguf import check_architectures, check_incomplete, check_recipes
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.format import ELEMENTS, Extent, FormatDef, MethodDef, Stored, StoredTensor, Value, walk
+from sageLLM.codegen.model.format_blocks import block_stores_of
 from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.names import why_not_a_function
 from sageLLM.codegen.schema.formats import FormatsFile, FormatSpec
@@ -30,7 +31,7 @@ def link_methods(raw: Mapping[str, Entry[FormatsFile]], sink: Sink) -> dict[str,
 
 def link_method(entry: Entry[FormatsFile], sink: Sink) -> MethodDef | None:
     """One method, or None after reporting its findings."""
-    is_correct = check_architectures(entry, sink)
+    is_correct = not [one for one in (check_architectures, check_recipes, check_incomplete) if not one(entry, sink)]
     formats = [_FormatLinker(entry, name, spec, sink).linked() for name, spec in entry.spec.formats.items()]
     return (
         None
@@ -75,7 +76,11 @@ class _FormatLinker:
 
     def _check_written(self, found: FormatDef) -> None:
         """Written formats have a value with an inverse, and schemes that select the format by its settings."""
-        if stores_of(found) is None:
+        stores = stores_of(found) if found.block_bytes is None else block_stores_of(found)
+        if stores is None and found.block_bytes is not None:
+            message = "written blocks must have codes * scales, with minima or offsets if any, made of fields of bits"
+            raise self._refuse(message, ("write",), "remove `write`, or write the value in this form")
+        if stores is None:
             message = "a written value must be (codes - zeros) * scales of stored tensors, each of which is a part"
             raise self._refuse(message, ("write",), "remove `write`, or write the value in this form")
         keys = {key for key in self.spec.sizes.values() if isinstance(key, str)}

@@ -1,15 +1,16 @@
-"""Checks the architectures of GGUF files in format files: keys, names and references among them."""
+"""Checks the architectures and recipes of GGUF files in format files: keys, names and references among them."""
 
 import re
 from collections.abc import Iterator
 
-from sageLLM.codegen.diagnostics import Sink
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.load import Entry
-from sageLLM.codegen.schema.formats import ArchitectureSpec, FormatsFile
+from sageLLM.codegen.schema.formats import ArchitectureSpec, FormatsFile, FormatSpec
 from sageLLM.codegen.source import YamlPath
 
 _KEY = r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*"
 _PRODUCT = re.compile(rf"{_KEY}( [*/] {_KEY})*\Z")
+_LAYERS = re.compile(r"all|alternating|first (1/)?[1-9][0-9]*")
 _STEM = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
@@ -24,6 +25,46 @@ def check_architectures(entry: Entry[FormatsFile], sink: Sink) -> bool:
             sink.error("SAGE604", message, entry.span(*place, *path), help)
             is_correct = False
     return is_correct
+
+
+def check_recipes(entry: Entry[FormatsFile], sink: Sink) -> bool:
+    """Reports recipes with a format that is not written, and with unknown layers; returns whether there are none."""
+    is_correct = True
+    written = [name for name, one in entry.spec.formats.items() if one.write and one.block]
+    for name, recipe in entry.spec.recipes.items():
+        used: list[tuple[YamlPath, str]] = [(("matrices",), recipe.matrices)]
+        for stem, formats in recipe.tensors.items():
+            used += [(("tensors", stem, layers), one) for layers, one in formats.items()]
+        for path, one in used:
+            place = entry.span("recipes", name, *path)
+            if one not in written:
+                sink.error("SAGE604", f"'{one}' is not a written format in blocks", place, did_you_mean(one, written))
+                is_correct = False
+            if path[0] == "tensors" and not _LAYERS.fullmatch(str(path[-1])):
+                help = "write `all`, `first 4`, `first 1/8` or `alternating`"
+                sink.error("SAGE604", f"expected layers, got '{path[-1]}'", place, help)
+                is_correct = False
+    return is_correct
+
+
+def check_incomplete(entry: Entry[FormatsFile], sink: Sink) -> bool:
+    """Reports formats in place of another that are not written in smaller blocks; returns whether there are none."""
+    is_correct = True
+    for name, one in entry.spec.formats.items():
+        if one.incomplete is not None:
+            other = entry.spec.formats.get(one.incomplete)
+            smaller = [key for key, value in entry.spec.formats.items() if value.write and _has_less(value, one)]
+            if other is None or one.incomplete not in smaller:
+                message = f"'{one.incomplete}' must be a written format in smaller blocks"
+                help = did_you_mean(one.incomplete, smaller)
+                sink.error("SAGE604", message, entry.span("formats", name, "incomplete"), help)
+                is_correct = False
+    return is_correct
+
+
+def _has_less(one: FormatSpec, other: FormatSpec) -> bool:
+    own, size = one.sizes.get("B"), other.sizes.get("B")
+    return isinstance(own, int) and isinstance(size, int) and own < size
 
 
 def _findings(

@@ -159,12 +159,14 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """The parts of a value (codes - zeros) * scales, or codes * scales - minima, which have an element per group.
+    """The parts of a value (codes - zeros) * scales, codes * scales - minima, or codes * scales + offsets.
+
+    All but codes have an element per group.
 
     `kind` is the width of the codes, as a number or the name of a size, `i8` or `u8` for bytes, `fp4`, or `f8`. `group`
     is a number or a size, empty for all inputs. `parts` are codes and scales, and if there are any zeros, factors of
-    integer scales, or divisors of others, and minima with factors. `index` is the stored tensor with the group of each
-    input, if there is one.
+    integer scales, or divisors of others, and minima with factors, or offsets. `index` is the stored tensor with the
+    group of each input, if there is one.
     """
 
     kind: str

@@ -44,10 +44,13 @@ class FormatSpec(Strict):
         "`int4-g{G}` has the size G in its name",
     )
     shape: str | None = Field(default=None, description="an unused tensor that is written: i64[2], N and K")
-    scales: Literal["range", "largest", "extreme"] = Field(
+    scales: Literal["range", "largest", "least_squares"] = Field(
         default="range",
         description="the scale of written codes: the range of the group over that of the codes, its largest magnitude "
-        "over the largest code, or its element of the largest magnitude, with its sign, over the lowest code",
+        "over the largest code, or that of the least sum of squared errors, by search, for formats in blocks",
+    )
+    incomplete: str | None = Field(
+        default=None, description="of a format in blocks, the format in place of it for rows of incomplete blocks"
     )
 
 
@@ -83,6 +86,19 @@ class ArchitectureSpec(Strict):
     )
 
 
+class RecipeSpec(Strict):
+    """A recipe of written GGUF files: a format of matrices, and others for some tensors in some layers."""
+
+    summary: str = Field(description="one sentence")
+    matrices: str = Field(description="the format of matrices")
+    tensors: dict[str, dict[str, str]] = Field(
+        default={},
+        description="the formats of tensors by the start of their names and by layers: `all`, `first 4`, `first 1/8` "
+        "of them, or `alternating`: the first and the last eighth and each third layer between; the first match counts",
+    )
+    file_type: int | None = Field(default=None, description="`general.file_type` in the metadata")
+
+
 class FormatsFile(Strict):
     """`specs/formats/NAME.yaml`: one quantisation method."""
 
@@ -100,6 +116,9 @@ class FormatsFile(Strict):
     )
     architectures: dict[str, ArchitectureSpec] = Field(
         default={}, description="of GGUF files, the architectures by `general.architecture`"
+    )
+    recipes: dict[str, RecipeSpec] = Field(
+        default={}, description="of GGUF files, names of `sagellm convert --format` for files of several formats"
     )
     writes: dict[str, Setting] = Field(default={}, description="further settings of written checkpoints")
     formats: dict[str, FormatSpec] = Field(min_length=1, description="the formats; the first with the settings is used")

@@ -2,8 +2,9 @@
 # Regenerate: make generate    Explain: make explain NAME=gguf
 """Types of tensors in GGUF files, as ggml defines them."""
 
-from sageLLM.runtime.core.model.formats import Codes, Extent, Format, QuantMethod, StoredPart, Written
+from sageLLM.runtime.core.model.formats import BlockCodes, Codes, Extent, Format, QuantMethod, StoredPart, Written
 from sageLLM.runtime.core.model.gguf import Architecture
+from sageLLM.runtime.core.model.gguf_recipe import Recipe
 
 __all__ = ["GGUF"]
 
@@ -204,6 +205,65 @@ GGUF = QuantMethod(
             names={"ffn_norm": None, "post_attention_norm": "post_attention_layernorm"},
         ),
     },
+    recipes={
+        "q2_k_m": Recipe(
+            "q2_k",
+            {
+                "output": {"all": "q6_k"},
+                "attn_v": {"all": "q4_k"},
+                "attn_output": {"all": "q3_k"},
+                "ffn_down": {"all": "q3_k"},
+            },
+            10,
+        ),
+        "q3_k_s": Recipe("q3_k", {"output": {"all": "q6_k"}}, 11),
+        "q3_k_m": Recipe(
+            "q3_k",
+            {
+                "output": {"all": "q6_k"},
+                "attn_v": {"first 2": "q5_k", "all": "q4_k"},
+                "attn_qkv": {"all": "q4_k"},
+                "attn_output": {"all": "q4_k"},
+                "ffn_down": {"first 1/16": "q5_k", "alternating": "q4_k"},
+            },
+            12,
+        ),
+        "q3_k_l": Recipe(
+            "q3_k",
+            {
+                "output": {"all": "q6_k"},
+                "attn_v": {"all": "q5_k"},
+                "attn_qkv": {"all": "q4_k"},
+                "attn_output": {"all": "q5_k"},
+                "ffn_down": {"all": "q5_k"},
+            },
+            13,
+        ),
+        "q4_k_s": Recipe(
+            "q4_k", {"output": {"all": "q6_k"}, "attn_v": {"first 4": "q5_k"}, "ffn_down": {"first 1/8": "q5_k"}}, 14
+        ),
+        "q4_k_m": Recipe(
+            "q4_k",
+            {
+                "output": {"all": "q6_k"},
+                "attn_v": {"alternating": "q6_k"},
+                "attn_qkv": {"all": "q5_k"},
+                "ffn_down": {"alternating": "q6_k"},
+            },
+            15,
+        ),
+        "q5_k_s": Recipe("q5_k", {"output": {"all": "q6_k"}}, 16),
+        "q5_k_m": Recipe(
+            "q5_k",
+            {
+                "output": {"all": "q6_k"},
+                "attn_v": {"alternating": "q6_k"},
+                "attn_qkv": {"all": "q6_k"},
+                "ffn_down": {"alternating": "q6_k"},
+            },
+            17,
+        ),
+    },
     formats=(
         Format(
             "float32",
@@ -233,7 +293,16 @@ GGUF = QuantMethod(
             sizes={"B": 32},
             block_bytes=34,
             codes=Codes("i8", "32", "", ("codes", "scales")),
-            written=Written({"q8_0": {}}, "i8", "d", False, "largest", None),
+            written=Written(
+                {"q8_0": {}},
+                "i8",
+                "",
+                False,
+                "largest",
+                None,
+                BlockCodes(32, ("codes", "scales"), {"codes": (-128, 127)}),
+                None,
+            ),
         ),
         Format(
             "q4_0",
@@ -242,7 +311,16 @@ GGUF = QuantMethod(
             sizes={"B": 32},
             block_bytes=18,
             codes=Codes("4", "32", "", ("codes", "scales", "zeros")),
-            written=Written({"q4_0": {}}, "4", "d", False, "extreme", None),
+            written=Written(
+                {"q4_0": {}},
+                "4",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(32, ("codes", "scales"), {"codes": (-8, 7)}),
+                None,
+            ),
         ),
         Format(
             "q4_k",
@@ -258,6 +336,20 @@ GGUF = QuantMethod(
             sizes={"B": 256},
             block_bytes=144,
             codes=Codes("4", "32", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
+            written=Written(
+                {"q4_k": {}},
+                "4",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(
+                    32,
+                    ("codes", "scales", "factors", "minima", "minimum_factors"),
+                    {"codes": (0, 15), "scales": (0, 63), "minima": (0, 63)},
+                ),
+                "q5_0",
+            ),
         ),
         Format(
             "q6_k",
@@ -271,6 +363,16 @@ GGUF = QuantMethod(
             sizes={"B": 256},
             block_bytes=210,
             codes=Codes("6", "16", "", ("codes", "scales", "zeros", "factors")),
+            written=Written(
+                {"q6_k": {}},
+                "6",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(16, ("codes", "scales", "factors"), {"codes": (-32, 31), "scales": (-128, 127)}),
+                "q8_0",
+            ),
         ),
         Format(
             "q4_1",
@@ -282,6 +384,17 @@ GGUF = QuantMethod(
             when={"type": (3,)},
             sizes={"B": 32},
             block_bytes=20,
+            codes=Codes("4", "32", "", ("codes", "scales", "offsets")),
+            written=Written(
+                {"q4_1": {}},
+                "4",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(32, ("codes", "scales", "offsets"), {"codes": (0, 15)}),
+                None,
+            ),
         ),
         Format(
             "q5_0",
@@ -294,6 +407,16 @@ GGUF = QuantMethod(
             sizes={"B": 32},
             block_bytes=22,
             codes=Codes("5", "32", "", ("codes", "scales", "zeros")),
+            written=Written(
+                {"q5_0": {}},
+                "5",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(32, ("codes", "scales"), {"codes": (-16, 15)}),
+                None,
+            ),
         ),
         Format(
             "q5_1",
@@ -306,6 +429,17 @@ GGUF = QuantMethod(
             when={"type": (7,)},
             sizes={"B": 32},
             block_bytes=24,
+            codes=Codes("5", "32", "", ("codes", "scales", "offsets")),
+            written=Written(
+                {"q5_1": {}},
+                "5",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(32, ("codes", "scales", "offsets"), {"codes": (0, 31)}),
+                None,
+            ),
         ),
         Format(
             "q2_k",
@@ -319,6 +453,20 @@ GGUF = QuantMethod(
             sizes={"B": 256},
             block_bytes=84,
             codes=Codes("2", "16", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
+            written=Written(
+                {"q2_k": {}},
+                "2",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(
+                    16,
+                    ("codes", "scales", "factors", "minima", "minimum_factors"),
+                    {"codes": (0, 3), "scales": (0, 15), "minima": (0, 15)},
+                ),
+                "q4_0",
+            ),
         ),
         Format(
             "q3_k",
@@ -333,6 +481,16 @@ GGUF = QuantMethod(
             sizes={"B": 256},
             block_bytes=110,
             codes=Codes("3", "16", "", ("codes", "scales", "zeros", "factors")),
+            written=Written(
+                {"q3_k": {}},
+                "3",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(16, ("codes", "scales", "factors"), {"codes": (-4, 3), "scales": (-32, 31)}),
+                "q4_0",
+            ),
         ),
         Format(
             "q5_k",
@@ -349,6 +507,20 @@ GGUF = QuantMethod(
             sizes={"B": 256},
             block_bytes=176,
             codes=Codes("5", "32", "", ("codes", "scales", "factors", "minima", "minimum_factors")),
+            written=Written(
+                {"q5_k": {}},
+                "5",
+                "",
+                False,
+                "least_squares",
+                None,
+                BlockCodes(
+                    32,
+                    ("codes", "scales", "factors", "minima", "minimum_factors"),
+                    {"codes": (0, 31), "scales": (0, 63), "minima": (0, 63)},
+                ),
+                "q5_1",
+            ),
         ),
         Format(
             "iq4_nl",

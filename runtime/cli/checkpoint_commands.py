@@ -39,7 +39,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The new folder, or the new file if it ends with .gguf.")],
     format: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16; also q8_0, q4_0, ... in a GGUF file; another lists all."),
+        typer.Option(help="float32, float16 or bfloat16; also q8_0, q4_k_m, ... in a GGUF file; another lists all."),
     ] = None,
 ) -> None:
     """Write a checkpoint folder as a GGUF file, or a GGUF file or quantised folder as a folder with float weights."""

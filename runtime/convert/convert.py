@@ -38,7 +38,7 @@ def convert(
         source = open_source(model, registry)
         try:
             if out.suffix == GGUF_SUFFIX:
-                form = form or GGUF_DEFAULT
+                form = (form or GGUF_DEFAULT).lower()  # users know names such as Q4_K_M
                 return Converted(form, write_gguf(source, draft, form, registry, progress))
             form = form or float_type(source)
             return Converted(form, write_folder(source, draft, form, progress))

@@ -14,6 +14,7 @@ from sageLLM.runtime.convert.source import Source
 from sageLLM.runtime.core.model.checkpoint import ignore_patterns, is_ignored
 from sageLLM.runtime.core.model.formats import Format
 from sageLLM.runtime.core.model.gguf import Architecture
+from sageLLM.runtime.core.model.gguf_recipe import Recipe
 from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.gguf_architectures import name_of, stored_name
@@ -21,7 +22,7 @@ from sageLLM.runtime.loader.gguf_checkpoint import is_norm, permuted_heads
 
 ROUTERS = "ffn_gate_inp"
 """The beginning of the names of routers, which stay float32: a small error there selects another expert."""
-TABLES = ("token_embd", "output")
+EMBEDDING, HEAD = "token_embd", "output"
 
 
 @dataclass(slots=True)
@@ -50,19 +51,24 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Types:
-    """The formats of a file: of matrices, of the tables of tokens, and of vectors and routers."""
+    """The formats of a file: of matrices by the recipe, and of vectors and routers."""
 
-    matrices: Format
-    tables: Format
+    recipe: Recipe
+    formats: Mapping[str, Format]
     plain: Format
     by_dtype: Mapping[torch.dtype, Format]
     """For matrices with rows of incomplete blocks."""
 
-    def of(self, stem: str, shape: tuple[int, ...], dtype: torch.dtype) -> Format:
+    def of(self, stem: str, layer: int, num_layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> Format:
         if len(shape) < 2 or stem.startswith(ROUTERS):
             return self.plain
-        found = self.tables if stem in TABLES else self.matrices
-        return found if shape[-1] % int(found.sizes["B"]) == 0 else self.by_dtype.get(dtype, self.plain)
+        name: str | None = self.recipe.format_of(stem, layer, num_layers)
+        while name is not None:
+            found = self.formats[name]
+            if shape[-1] % int(found.sizes["B"]) == 0:
+                return found
+            name = found.written.incomplete if found.written is not None else None
+        return self.by_dtype.get(dtype, self.plain)
 
 
 def planned_tensors(
@@ -70,11 +76,13 @@ def planned_tensors(
 ) -> dict[str, Planned]:
     """The tensors by name. Raises CheckpointError for a weight that the architecture does not have."""
     found: dict[str, Planned] = {}
-    for weight in _weights(source):
+    kind, weights = metadata["general.architecture"], list(_weights(source))
+    num_layers = int(metadata[f"{kind}.block_count"])
+    is_tied = all(stored_name(weight, architecture) != (f"{HEAD}.weight", None) for weight in weights)
+    for weight in weights:
         place = stored_name(weight, architecture)
         name = name_of(place[0], architecture) if place is not None else None
         if place is None or name is None:
-            kind = metadata["general.architecture"]
             raise CheckpointError(f"{source.folder}: expected tensors of GGUF files of {kind}, got {quoted(weight)}")
         stored, expert = place
         info = source.checkpoint.info(weight)
@@ -82,7 +90,9 @@ def planned_tensors(
         if stored not in found:
             heads = permuted_heads(name, metadata) if architecture.is_permuted else 0
             offset = 1.0 if architecture.adds_one and is_norm(name) else 0.0
-            found[stored] = Planned(shape, types.of(name.stem, shape, info.dtype), heads, offset)
+            stem = HEAD if is_tied and name.stem == EMBEDDING else name.stem
+            format = types.of(stem, layer_of(stored), num_layers, shape, info.dtype)
+            found[stored] = Planned(shape, format, heads, offset)
         found[stored].sources[expert] = weight
     for stored, one in found.items():
         if None not in one.sources:
@@ -90,6 +100,12 @@ def planned_tensors(
                 raise CheckpointError(f"{source.folder}: experts of {quoted(stored)} are missing")
             one.shape = (len(one.sources), *one.shape)
     return found
+
+
+def layer_of(stored: str) -> int:
+    """The layer of a tensor, 0 for one outside of the layers."""
+    parts = stored.split(".")
+    return int(parts[1]) if parts[0] == "blk" else 0
 
 
 def _weights(source: Source) -> Iterator[str]:

@@ -133,8 +133,10 @@ def _settings(content: Mapping[str, Any]) -> object:
 
 
 def _added_settings(content: Mapping[str, Any]) -> object:
-    """The settings of added tokens that are found with the spaces around them, or as whole words alone."""
-    settings = {one["id"]: [bool(one.get(key)) for key in _TOKEN_SETTINGS] for one in _added(content)}
+    """The settings of added tokens that are found with the spaces around them, as whole words alone, or after the
+    normaliser, if there is one."""
+    keys = (*_TOKEN_SETTINGS, "normalized") if _normalizers(content) else _TOKEN_SETTINGS
+    settings = {one["id"]: [bool(one.get(key)) for key in keys] for one in _added(content)}
     return {i: one for i, one in settings.items() if any(one)}
 
 

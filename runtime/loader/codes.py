@@ -66,6 +66,7 @@ def coded(
 
 def _moved(form: Form, kind: str, parts: Mapping[str, Tensor | int]) -> dict[str, Tensor]:
     """The tensors of a CodedWeight for some rows [..., N, ...]; zeros are relative to the center of the codes."""
+    parts = _with_factors(parts)
     codes, scales = parts["codes"], parts["scales"]
     assert isinstance(codes, Tensor) and isinstance(scales, Tensor), "the codes and scales are tensors"
     zeros = torch.as_tensor(parts.get("zeros", 0))
@@ -93,6 +94,15 @@ def _moved(form: Form, kind: str, parts: Mapping[str, Tensor | int]) -> dict[str
     else:
         zeros = zeros - form.center
     return found | {"zeros": zeros.expand(scales.shape).to(torch.int8)}
+
+
+def _with_factors(parts: Mapping[str, Tensor | int]) -> Mapping[str, Tensor | int]:
+    """Scales and offsets as factors: codes * (1 * scale) - 1 * (-offset), for which kernels have minima."""
+    if "offsets" not in parts:
+        return parts
+    ones = torch.ones_like(torch.as_tensor(parts["scales"]), dtype=torch.int8)
+    factors, minimum_factors = parts["scales"], -torch.as_tensor(parts["offsets"])
+    return {**parts, "scales": ones, "factors": factors, "minima": ones, "minimum_factors": minimum_factors}
 
 
 def _form(codes: Codes, sizes: Mapping[str, int]) -> Form | None:

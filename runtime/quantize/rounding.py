@@ -66,9 +66,6 @@ class Rounding:
             low, high = groups.amin((1, 3)).clamp(max=0), groups.amax((1, 3)).clamp(min=0)
             scales = self._stored((high - low) / (2**bits - 1))
             return scales, torch.round(-low / scales.float()).clamp(0, 2**bits - 1)
-        if rule == "extreme":
-            low, high = groups.amin((1, 3)), groups.amax((1, 3))
-            return self._stored(torch.where(high > -low, high, low) / -(2.0 ** (bits - 1))), None
         largest = groups.abs().amax((1, 3))
         if rule == "largest":
             top = F8_LARGEST if self.scheme.written.kind == "f8" else 2.0 ** (bits - 1) - 1

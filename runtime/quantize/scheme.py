@@ -80,6 +80,8 @@ class Scheme:
     def grid(self, shape: tuple[int, ...]) -> Grid:
         """The weights [N, K] that share a scale."""
         sizes = self.sizes(shape)
+        if self.written.block is not None:
+            return Grid(1, self.written.block.group)
         dims = next(part.dims for part in self.format.tensors if part.name == self.written.scale)
         granules = {extent.dim: extent.granule(sizes) for extent in dims}
         return Grid(granules.get("N", shape[0]), granules.get("K", shape[1]))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sageLLM.codegen import driver
-from sageLLM.codegen.kernel.codes import codes_of
 from sageLLM.codegen.link.memo import LinkMemo
+from sageLLM.codegen.model.format_codes import codes_of
 
 SPEC = """schema: formats/v1
 method: own

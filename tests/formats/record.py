@@ -1,6 +1,6 @@
 """Records values of the reference libraries in `recorded.safetensors`, for tests without these libraries.
 
-Run with compressed-tensors 0.20.1 and gguf 0.19.0 on the path: `python tests/formats/record.py`.
+Run `python tests/formats/record.py` with compressed-tensors 0.20.1, gguf 0.19.0 and llama-cpp-python 0.3.36.
 """
 
 from pathlib import Path
@@ -28,6 +28,7 @@ SCHEMES = {
 }
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL",
          "IQ4_XS", "MXFP4")  # fmt: skip
+WRITTEN = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SCALES = {"Q4_K": (0, 4), "Q6_K": (208, 210), "Q2_K": (80, 84), "Q3_K": (108, 110), "Q5_K": (0, 4), "IQ4_NL": (0, 2),
           "IQ4_XS": (0, 2)}  # fmt: skip
 """The places of float16 scales in blocks that the library cannot make."""
@@ -64,6 +65,36 @@ def blocks(name: str, weight: np.ndarray, random: np.random.Generator) -> dict[s
     return {f"{name}.blocks": torch.from_numpy(raw), f"{name}.value": torch.from_numpy(dequantize(raw, kind))}
 
 
+def errors() -> dict[str, torch.Tensor]:
+    """Weights with normal and with heavy tails, and the errors with which llama.cpp quantises them to each type.
+
+    Errors are Euclidean norms over that of the weights.
+    """
+    import ctypes
+
+    import llama_cpp
+
+    library = ctypes.CDLL(f"{llama_cpp.__path__[0]}/lib/libggml-base.so")
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+    random = np.random.default_rng(1)
+    weights = {
+        "normal": random.standard_normal((32, 512)).astype(np.float16),
+        "tails": random.standard_t(4, (32, 512)).astype(np.float16),
+    }
+    found = {f"errors.{name}": torch.from_numpy(one) for name, one in weights.items()}
+    for name, half in weights.items():
+        weight = np.ascontiguousarray(half.astype(np.float32))
+        for kind in WRITTEN:
+            number = GGMLQuantizationType[kind]
+            length, size = GGML_QUANT_SIZES[number]
+            raw = np.zeros((weight.shape[0], weight.shape[1] // length * size), np.uint8)
+            library.ggml_quantize_chunk(number, weight.ctypes.data, raw.ctypes.data, 0, *weight.shape, None)
+            error = np.linalg.norm(dequantize(raw, number) - weight) / np.linalg.norm(weight)
+            found[f"errors.{name}.{kind}"] = torch.tensor(float(error))
+    return found
+
+
 def main() -> None:
     random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     found: dict[str, torch.Tensor] = {}
@@ -71,6 +102,7 @@ def main() -> None:
         found |= compressed(name, torch.randn(ROWS, COLUMNS, generator=generator).bfloat16())
     for name in TYPES:
         found |= blocks(name, random.standard_normal((3, 512)).astype(np.float32), random)
+    found |= errors()
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, FILE)
 
 

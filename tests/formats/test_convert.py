@@ -73,7 +73,29 @@ def test_each_format_there_and_back(form: str, make_checkpoint: MakeCheckpoint, 
         assert error <= BOUNDS[form], name
 
 
-BOUNDS = {"float32": 0, "float16": 2**-12, "bfloat16": 0, "q8_0": 0.006, "q4_0": 0.1}
+def test_recipes_by_name_and_layer(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Names in capitals, types of tensors, smaller blocks for incomplete rows, and a tied embedding as the output."""
+    sizes = {**SMALL, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 8}
+    numbers = {"q4_k": 12, "q5_k": 13, "q6_k": 14, "q5_0": 6}
+    source = make_checkpoint("Llama", **sizes, tie_word_embeddings=False)
+    assert convert(source, tmp_path / "m.gguf", REGISTRY, "Q4_K_M").num_tensors == 2 + 7 * 8
+    header = read_gguf_header(tmp_path / "m.gguf")
+    types = {name: one.type for name, one in header.tensors.items()}
+    assert [types[f"blk.{i}.ffn_down.weight"] for i in range(8)] == [14, 12, 12, 14, 12, 12, 14, 14]
+    assert types["blk.0.ffn_up.weight"] == types["token_embd.weight"] == numbers["q4_k"]
+    assert types["output.weight"] == numbers["q6_k"]
+    assert (header.metadata["general.file_type"], header.metadata["general.quantization_version"]) == (15, 2)
+    tied = make_checkpoint("Llama", **{**sizes, "hidden_size": 192}, tie_word_embeddings=True)
+    convert(tied, tmp_path / "tied.gguf", REGISTRY, "q4_k_m")
+    types = {name: one.type for name, one in read_gguf_header(tmp_path / "tied.gguf").tensors.items()}
+    assert "output.weight" not in types and types["token_embd.weight"] == 8
+    assert types["blk.1.ffn_up.weight"] == numbers["q5_0"] and types["blk.1.ffn_down.weight"] == numbers["q4_k"]
+    convert(tmp_path / "m.gguf", tmp_path / "back", REGISTRY, "float32")
+    assert answers(tmp_path / "m.gguf", dtype="float32") == answers(tmp_path / "back", dtype="float32")
+
+
+BOUNDS = {"float32": 0, "float16": 2**-12, "bfloat16": 0, "q8_0": 0.006, "q4_0": 0.085, "q4_1": 0.074, "q5_0": 0.043,
+          "q5_1": 0.036, "q2_k": 0.285, "q3_k": 0.152, "q4_k": 0.075, "q5_k": 0.038, "q6_k": 0.0185}  # fmt: skip
 """Relative errors of normal values, in the Euclidean norm."""
 
 
@@ -180,6 +202,15 @@ def unigram() -> dict[str, Any]:
     return {**content, "model": model, "pre_tokenizer": metaspace, "decoder": metaspace}
 
 
+def pieces(**changes: Any) -> dict[str, Any]:
+    """Pieces of texts with a space before them; `changes` are those of the end."""
+    content = tokenizer_json([], byte_fallback=True, fuse_unk=True)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
+    content["model"]["vocab"]["\u2581"] = 97
+    return with_end({**content, "pre_tokenizer": None}, id=98, **changes)
+
+
 def with_template(*tokens: str) -> dict[str, Any]:
     """Texts have the tokens around them."""
     text = {"Sequence": {"id": "A", "type_id": 0}}
@@ -202,6 +233,9 @@ def with_template(*tokens: str) -> dict[str, Any]:
         with_word("\u0120", rstrip=True),
         with_word("\u0120", single_word=True),
         with_word("xyz"),
+        pieces(),
+        pieces(normalized=True),
+        with_word("xyz", normalized=True),
         tokenizer_json([BYTES], ignore_merges=True),
         tokenizer_json([BYTES], dropout=1.0),
     ],
@@ -282,8 +316,8 @@ def test_what_cannot_be_converted(make_checkpoint: MakeCheckpoint, tmp_path: Pat
     shutil.copytree(source, large)
     tensors = load_file(source / "model.safetensors")
     save_file({name: 1e9 * one for name, one in tensors.items()}, large / "model.safetensors", {"format": "pt"})
-    for form in ("float16", "q8_0"):
-        with pytest.raises(CheckpointError, match=f"has values that {form} does not have; use another --format"):
+    for form, refused in (("float16", "float16"), ("q8_0", "q8_0"), ("q4_0", "q8_0"), ("q4_k_m", "q8_0")):
+        with pytest.raises(CheckpointError, match=f"has values that {refused} does not have; use another --format"):
             convert(large, tmp_path / "m.gguf", REGISTRY, form)
     with pytest.raises(CheckpointError, match=r"has values that float16 does not have; use another --format"):
         convert(large, tmp_path / "m", REGISTRY, "float16")

@@ -70,3 +70,8 @@ def power_of_two(codes: Tensor, of: torch.dtype) -> Tensor:
 def joined(blocks: Tensor, dim: int, size: int) -> Tensor:
     """The blocks along `dim` and the positions in them along the next dim as one dim, cut to `size` elements."""
     return blocks.flatten(dim, dim + 1).narrow(dim, 0, size)
+
+
+def in_blocks(x: Tensor, size: int) -> Tensor:
+    """The elements [N, K] by block, [N, K / size, size]: the inverse of `joined`."""
+    return x.reshape(x.shape[0], -1, size)

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from .algebra import bits, block, fields, joined, lookup, power_of_two, words
+from .algebra import bits, block, fields, in_blocks, joined, lookup, power_of_two, words
 
 __all__ = [
     "bfloat16",
@@ -17,21 +17,31 @@ __all__ = [
     "mxfp4_codes",
     "q2_k",
     "q2_k_codes",
+    "q2_k_stored",
     "q3_k",
     "q3_k_codes",
+    "q3_k_stored",
     "q4_0",
     "q4_0_codes",
     "q4_0_stored",
     "q4_1",
+    "q4_1_codes",
+    "q4_1_stored",
     "q4_k",
     "q4_k_codes",
+    "q4_k_stored",
     "q5_0",
     "q5_0_codes",
+    "q5_0_stored",
     "q5_1",
+    "q5_1_codes",
+    "q5_1_stored",
     "q5_k",
     "q5_k_codes",
+    "q5_k_stored",
     "q6_k",
     "q6_k_codes",
+    "q6_k_stored",
     "q8_0",
     "q8_0_codes",
     "q8_0_stored",
@@ -99,9 +109,9 @@ def q8_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
 # specs/formats/gguf.yaml: gguf
 def q8_0_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of q8_0, from codes [N, K] and an element per group of each other part."""
-    B = 32
+    codes = in_blocks(codes, 32)
     return {
-        "blocks": block(scales[..., None].to(torch.float16), codes.reshape(codes.shape[0], -1, B).to(torch.int8)),
+        "blocks": block(scales[..., None].to(torch.float16), codes.to(torch.int8)),
     }
 
 
@@ -128,12 +138,9 @@ def q4_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
 # specs/formats/gguf.yaml: gguf
 def q4_0_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The stored tensors of q4_0, from codes [N, K] and an element per group of each other part."""
-    B = 32
+    codes = in_blocks(codes, 32)
     return {
-        "blocks": block(
-            scales[..., None].to(torch.float16),
-            words(codes.reshape(codes.shape[0], -1, B) + 8, 4, 2, torch.uint8, run=16),
-        ),
+        "blocks": block(scales[..., None].to(torch.float16), words(codes + 8, 4, 2, torch.uint8, run=16)),
     }
 
 
@@ -176,6 +183,26 @@ def q4_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
 
 
 # specs/formats/gguf.yaml: gguf
+def q4_k_stored(
+    codes: Tensor, scales: Tensor, factors: Tensor, minima: Tensor, minimum_factors: Tensor
+) -> dict[str, Tensor]:
+    """The stored tensors of q4_k, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 256)
+    scales = in_blocks(scales, 8)
+    minima = in_blocks(minima, 8)
+    return {
+        "blocks": block(
+            factors[..., None].to(torch.float16),
+            minimum_factors[..., None].to(torch.float16),
+            (scales[..., :4] + 64 * (scales[..., 4:] // 16)).to(torch.uint8),
+            (minima[..., :4] + 64 * (minima[..., 4:] // 16)).to(torch.uint8),
+            (scales[..., 4:] % 16 + 16 * (minima[..., 4:] % 16)).to(torch.uint8),
+            words(codes, 4, 2, torch.uint8, run=32),
+        ),
+    }
+
+
+# specs/formats/gguf.yaml: gguf
 Q6_K = ((torch.uint8, (128,)), (torch.uint8, (64,)), (torch.int8, (16,)), (torch.float16, ()))
 
 
@@ -207,6 +234,21 @@ def q6_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
 
 
 # specs/formats/gguf.yaml: gguf
+def q6_k_stored(codes: Tensor, scales: Tensor, factors: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of q6_k, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 256)
+    scales = in_blocks(scales, 16)
+    return {
+        "blocks": block(
+            words((codes + 32) % 16, 4, 2, torch.uint8, run=64),
+            words((codes + 32) // 16, 2, 2, torch.uint8, run=32),
+            scales.to(torch.int8),
+            factors[..., None].to(torch.float16),
+        ),
+    }
+
+
+# specs/formats/gguf.yaml: gguf
 Q4_1 = ((torch.float16, ()), (torch.float16, ()), (torch.uint8, (16,)))
 
 
@@ -217,6 +259,26 @@ def q4_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     w[N, K] = d * bits(q, 4, B, 16) + m"""
     d, m, q = fields(blocks, Q4_1)
     return joined(d.to(of)[..., None] * bits(q, 4, 2, run=16) + m.to(of)[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q4_1_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
+    """Codes, scales, offsets of q4_1."""
+    d, m, q = fields(blocks, Q4_1)
+    return joined(bits(q, 4, 2, run=16), 1, K), d, m
+
+
+# specs/formats/gguf.yaml: gguf
+def q4_1_stored(codes: Tensor, scales: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of q4_1, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 32)
+    return {
+        "blocks": block(
+            scales[..., None].to(torch.float16),
+            offsets[..., None].to(torch.float16),
+            words(codes, 4, 2, torch.uint8, run=16),
+        ),
+    }
 
 
 # specs/formats/gguf.yaml: gguf
@@ -240,6 +302,19 @@ def q5_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
 
 
 # specs/formats/gguf.yaml: gguf
+def q5_0_stored(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of q5_0, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 32)
+    return {
+        "blocks": block(
+            scales[..., None].to(torch.float16),
+            words((codes + 16) // 16, 1, 2, torch.uint8),
+            words((codes + 16) % 16, 4, 2, torch.uint8, run=16),
+        ),
+    }
+
+
+# specs/formats/gguf.yaml: gguf
 Q5_1 = ((torch.float16, ()), (torch.float16, ()), (torch.uint8, (4,)), (torch.uint8, (16,)))
 
 
@@ -250,6 +325,27 @@ def q5_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
     w[N, K] = d * (bits(q, 4, B, 16) + 16 * bits(high, 1, B)) + m"""
     d, m, high, q = fields(blocks, Q5_1)
     return joined(d.to(of)[..., None] * (bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2)) + m.to(of)[..., None], 1, K)
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_1_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
+    """Codes, scales, offsets of q5_1."""
+    d, m, high, q = fields(blocks, Q5_1)
+    return joined(bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2), 1, K), d, m
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_1_stored(codes: Tensor, scales: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of q5_1, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 32)
+    return {
+        "blocks": block(
+            scales[..., None].to(torch.float16),
+            offsets[..., None].to(torch.float16),
+            words(codes // 16, 1, 2, torch.uint8),
+            words(codes % 16, 4, 2, torch.uint8, run=16),
+        ),
+    }
 
 
 # specs/formats/gguf.yaml: gguf
@@ -284,6 +380,24 @@ def q2_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
 
 
 # specs/formats/gguf.yaml: gguf
+def q2_k_stored(
+    codes: Tensor, scales: Tensor, factors: Tensor, minima: Tensor, minimum_factors: Tensor
+) -> dict[str, Tensor]:
+    """The stored tensors of q2_k, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 256)
+    scales = in_blocks(scales, 16)
+    minima = in_blocks(minima, 16)
+    return {
+        "blocks": block(
+            (scales + 16 * minima).to(torch.uint8),
+            words(codes, 2, 2, torch.uint8, run=32),
+            factors[..., None].to(torch.float16),
+            minimum_factors[..., None].to(torch.float16),
+        ),
+    }
+
+
+# specs/formats/gguf.yaml: gguf
 Q3_K = ((torch.uint8, (32,)), (torch.uint8, (64,)), (torch.uint8, (8,)), (torch.uint8, (4,)), (torch.float16, ()))
 
 
@@ -310,6 +424,22 @@ def q3_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     high, q, s, t, d = fields(blocks, Q3_K)
     scales = bits(s, 4, 2, run=8) + 16 * bits(t, 2, 2, run=4) - 32
     return joined(bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32), 1, K), joined(scales, 1, K // 16), 4, d
+
+
+# specs/formats/gguf.yaml: gguf
+def q3_k_stored(codes: Tensor, scales: Tensor, factors: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of q3_k, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 256)
+    scales = in_blocks(scales, 16)
+    return {
+        "blocks": block(
+            words((codes + 4) // 4, 1, 2, torch.uint8, run=32),
+            words((codes + 4) % 4, 2, 2, torch.uint8, run=32),
+            words((scales + 32) % 16, 4, 2, torch.uint8, run=8),
+            words((scales + 32) // 16, 2, 2, torch.uint8, run=4),
+            factors[..., None].to(torch.float16),
+        ),
+    }
 
 
 # specs/formats/gguf.yaml: gguf
@@ -355,6 +485,27 @@ def q5_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
         joined(minima, 1, K // 32),
         dmin,
     )
+
+
+# specs/formats/gguf.yaml: gguf
+def q5_k_stored(
+    codes: Tensor, scales: Tensor, factors: Tensor, minima: Tensor, minimum_factors: Tensor
+) -> dict[str, Tensor]:
+    """The stored tensors of q5_k, from codes [N, K] and an element per group of each other part."""
+    codes = in_blocks(codes, 256)
+    scales = in_blocks(scales, 8)
+    minima = in_blocks(minima, 8)
+    return {
+        "blocks": block(
+            factors[..., None].to(torch.float16),
+            minimum_factors[..., None].to(torch.float16),
+            (scales[..., :4] + 64 * (scales[..., 4:] // 16)).to(torch.uint8),
+            (minima[..., :4] + 64 * (minima[..., 4:] // 16)).to(torch.uint8),
+            (scales[..., 4:] % 16 + 16 * (minima[..., 4:] % 16)).to(torch.uint8),
+            words(codes // 16, 1, 2, torch.uint8, run=32),
+            words(codes % 16, 4, 2, torch.uint8, run=32),
+        ),
+    }
 
 
 # specs/formats/gguf.yaml: gguf

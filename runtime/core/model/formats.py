@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from sageLLM.runtime.core.model.gguf import Architecture
+from sageLLM.runtime.core.model.gguf_recipe import Recipe
 
 Setting = str | int | bool | None
 Term = str | int
@@ -66,12 +67,13 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """The parts of a value (codes - zeros) * scales, or codes * scales - minima.
+    """The parts of a value (codes - zeros) * scales, codes * scales - minima, or codes * scales + offsets.
 
     The function NAME_codes moves them out of the stored tensors, in the order `parts`. `kind` is the width of the
     codes, as a number or a size, `i8` or `u8` for bytes, `fp4`, or `f8`. `group` is the number of inputs of a scale, or
     its size, empty for all inputs. `index` is the tensor with the group of each input, if any. Integer scales have
-    `factors`, and those in f8 divisors; minima are integers with `minimum_factors`.
+    `factors`, and those in f8 divisors; minima are integers with `minimum_factors`. Offsets are in f16, as
+    their scales are.
     """
 
     kind: str
@@ -81,12 +83,22 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCodes:
+    """The parts of written blocks: the numbers that share a scale, the names, and the ranges of those in integers."""
+
+    group: int
+    parts: tuple[str, ...]
+    ranges: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """The facts for writing weights of a format; the function NAME_stored makes their tensors.
 
     `schemes` maps names, such as `int4-g{G}`, to settings. `kind` is the width of the codes, as a number or a size,
     `i8` for bytes or `f8` for floats; `scale` the tensor with the scales, and `rule` their choice (`FormatSpec.scales`
-    in `codegen/schema/formats.py`). `shape` is a tensor with the sizes of the weight, if there is one.
+    in `codegen/schema/formats.py`). `shape` is a tensor with the sizes of the weight, if there is one. Of formats in
+    blocks, `block` has the parts, and `incomplete` the format of weights with rows of incomplete blocks.
     """
 
     schemes: Mapping[str, Mapping[str, Setting | tuple[int, ...]]]
@@ -95,6 +107,8 @@ class Written:
     has_zeros: bool
     rule: str
     shape: str | None
+    block: BlockCodes | None = None
+    incomplete: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +151,4 @@ class QuantMethod:
     writes: Mapping[str, Setting] = field(default_factory=dict)
     architecture_defaults: Architecture = field(default_factory=Architecture)
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)

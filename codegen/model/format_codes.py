@@ -5,6 +5,7 @@
     weight * rep(rep(weight_scale, P, N), Q, K)                       codes of FP8; groups of Q
     d * rep(scales, 32, B) * codes - dmin * rep(minima, 32, B)        scales and minima with factors
     lut(codes, E2M1) * rep(scales / factor, 16, K)                    scales with a divisor
+    d * codes + m                                                     scales and offsets in f16
 
 Kernels on packed weights read these parts, which are moved from the checkpoint without computing a weight.
 """
@@ -31,6 +32,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of FP4 without a sign; a code with the fourth bit has their opposites."""
 
 
+_BY_GROUP = ("zeros", "minima", "offsets")
+
+
 class _NotCodes(Exception):
     """The value has another form."""
 
@@ -42,6 +46,7 @@ class _Parts:
     zeros: Value | None = None
     scales: tuple[Value, ...] = field(default=())
     minima: tuple[Value, ...] = field(default=())
+    offsets: Value | None = None
 
 
 def codes_of(one: FormatDef) -> Codes | None:
@@ -59,7 +64,11 @@ def codes_of(one: FormatDef) -> Codes | None:
             if minimum_factors is None or factors is None or parts.zeros is not None:
                 return None
             found["minimum_factors"] = minimum_factors
-        by_group = [scales, *(value for name, value in found.items() if name in ("zeros", "minima") and value.dims)]
+        if parts.offsets is not None:
+            if set(found) != {"codes", "scales"} or not all(map(_Splitter(one).is_half, (scales, parts.offsets))):
+                return None
+            found["offsets"] = parts.offsets
+        by_group = [value for name, value in found.items() if (name in _BY_GROUP and value.dims) or value is scales]
         groups = {_group(one, value) for value in by_group}
     except _NotCodes:
         return None
@@ -109,6 +118,11 @@ class _Splitter:
                 if parts.minima:
                     raise _NotCodes
                 return replace(parts, minima=self.factors(b))
+            case Binary(op="+", kind="float", a=a, b=b) if self.is_coarse(b):
+                parts = self.split(a)
+                if parts.minima or parts.offsets is not None:
+                    raise _NotCodes
+                return replace(parts, offsets=self.at_groups(b))
             case Bits(width=width):
                 return _Parts(value, width)
             case Binary(kind="int"):
@@ -144,6 +158,11 @@ class _Splitter:
         return all(extent.dim != self.inner for extent in value.dims) and not any(
             isinstance(part, Lookup) for part in walk(value)
         )
+
+    def is_half(self, value: Value) -> bool:
+        """Whether the value is a stored number in float16."""
+        elements = {tensor.name: tensor.element for tensor in self.format.tensors}
+        return isinstance(value, Stored) and elements[value.name] == "f16"
 
     def at_groups(self, value: Value) -> Value:
         """The value with an element per group."""
