@@ -2,7 +2,8 @@
 
 The texts are excerpts of Python files of this repository as of 2026-12-01, kept so that figures do not change with it.
 `python benchmarks/quantized_accuracy.py [MODEL]`; the default is the bundled model, which was trained on Python files.
-Copies of the method gptq are calibrated with another text than that of the perplexity.
+Copies of the method gptq are calibrated with another text than that of the perplexity. A second line for each copy
+with integer codes is with activations of 8 bits (`activation_dtype="int8"`).
 """
 
 import math
@@ -78,9 +79,11 @@ def main() -> None:
 
 def compare(name: str, model: Path, best: list[int]) -> None:
     """Prints the perplexity of a copy, and the share of positions with the same most probable token."""
-    found, own = scores(model)
-    equal = sum(a == b for a, b in zip(best, own, strict=True)) / len(best)
-    print(f"{name}: perplexity {found:.3f}, {100 * equal:.1f} % of the most probable tokens are equal")
+    for activations in ("auto",) if name.startswith("fp8") else ("auto", "int8"):
+        found, own = scores(model, activation_dtype=activations)
+        equal = sum(a == b for a, b in zip(best, own, strict=True)) / len(best)
+        label = name if activations == "auto" else f"{name}, activations in {activations}"
+        print(f"{label}: perplexity {found:.3f}, {100 * equal:.1f} % of the most probable tokens are equal", flush=True)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ DIMS = CLASSES | frozenset(
         "Ints",
         "KeyRange",
         "KvRow",
+        "Max",
         "MICROKERNEL",
         "Microkernel",
         "PANEL",

@@ -16,7 +16,7 @@ def load_ours(folder: Path, variant: Variant, threads: int) -> Complete:
     from sageLLM import LLM, SamplingParams
 
     model = folder if variant.form == "bf16" else folder / f"{variant.form}.gguf"
-    llm = LLM(model, skip_tokenizer=True, enable_prefix_caching=False)
+    llm = LLM(model, skip_tokenizer=True, enable_prefix_caching=False, activation_dtype=variant.activations)
 
     def complete(asks: Sequence[Ask]) -> list[list[int]]:
         params = [SamplingParams(max_tokens=ask.num_new, temperature=0.0, ignore_eos=True) for ask in asks]

@@ -78,7 +78,8 @@ def formats_block(result: Mapping[str, Any]) -> str:
         rows = [result["rows"].get(shape, {}).get("native", {}).get(figure, {}) for shape, figure in figures]
         if variant.engine == "ours" and any(variant.name in row for row in rows):
             cells = [f"{row[variant.name]['median']:g}" if variant.name in row else "" for row in rows]
-            lines.append(f"| {variant.form} | {' | '.join(cells)} |")
+            activations = "" if variant.activations == "auto" else f", activations in {variant.activations}"
+            lines.append(f"| {variant.form}{activations} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

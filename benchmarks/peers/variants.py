@@ -12,7 +12,7 @@ class Variant:
     """One column of the table.
 
     `form` is the form of the weights that the engine reads, `kind` the class in which it competes. `skipped` are the
-    workloads that it does not run.
+    workloads that it does not run. `activations` is the `activation_dtype` of ours.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Variant:
     kind: str = "16-bit"
     settings: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    activations: str = "auto"
 
     @property
     def tie_limit(self) -> float:
@@ -49,6 +50,8 @@ VARIANTS = {
         # These read the files that the two variants above have prepared.
         Variant("ours-q8_0", "ours", "q8_0", "bf16", kind="8-bit"),
         Variant("ours-q4_0", "ours", "q4_0", "bf16", kind="4-bit"),
+        Variant("ours-q8_0-a8", "ours", "q8_0", "bf16", kind="8-bit", activations="int8"),
+        Variant("ours-q4_0-a8", "ours", "q4_0", "bf16", kind="4-bit", activations="int8"),
     )
 }
 

@@ -105,6 +105,7 @@ def emit_method(method: MethodDef, renderer: Renderer, *, is_overlay: bool) -> l
     spec, ref = method.spec, method.entry.ref
     formats = [FormatView(one, FormatText(one, codes_of(one))) for one in method.formats]
     fields = {"groups": spec.groups, "skip": tuple(spec.skip), "keys": tuple(spec.keys), "writes": spec.writes}
+    fields["activations"] = spec.activations
     fields = {name: value for name, value in fields.items() if value}
     about = header(method.entry.doc.file, method.name)
     defaults, architectures = _architectures(spec)

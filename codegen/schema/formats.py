@@ -111,6 +111,9 @@ class FormatsFile(Strict):
     )
     skip: list[str] = Field(default=[], description="keys with a list of modules that are not quantised")
     keys: list[str] = Field(default=[], description="further keys, which do not change values")
+    activations: str | None = Field(
+        default=None, description="the key of a section that declares the type of activations, which values do not use"
+    )
     architecture_defaults: ArchitectureSpec = Field(
         default=ArchitectureSpec(), description="keys, names and experts that all architectures have"
     )

@@ -29,6 +29,7 @@ COMPRESSED_TENSORS = QuantMethod(
         "weights.zp_dtype",
     ),
     writes={"quantization_status": "compressed"},
+    activations="input_activations",
     formats=(
         Format(
             "packed",

@@ -169,6 +169,7 @@ from .qk import (
     qk_rope_interleaved_kv_store,
     qk_rope_kv_store,
 )
+from .quantization import Int8Activations, int8_activations
 from .row_prologues import (
     AddRmsNormLinear,
     AddRmsNormLinearSiluMul,
@@ -233,6 +234,7 @@ __all__ = [
     "GeluTanhMul",
     "HeadLayerNorm",
     "HeadLinear",
+    "Int8Activations",
     "KvCopy",
     "KvStore",
     "L2Norm",
@@ -334,6 +336,7 @@ __all__ = [
     "gelu_tanh_mul",
     "head_layer_norm",
     "head_linear",
+    "int8_activations",
     "kv_copy",
     "kv_store",
     "l2_norm",
@@ -490,6 +493,7 @@ OPS: dict[str, type[OpNode]] = {
     "qk_rope_interleaved_kv_store": QkRopeInterleavedKvStore,
     "qk_norm_rope_kv_store": QkNormRopeKvStore,
     "qk_norm_1p_rope_kv_store": QkNorm1pRopeKvStore,
+    "int8_activations": Int8Activations,
     "rms_norm_linear": RmsNormLinear,
     "add_rms_norm_linear": AddRmsNormLinear,
     "add_rms_norm_linear_silu_mul": AddRmsNormLinearSiluMul,

@@ -102,6 +102,7 @@ CASES: dict[str, Cases] = {
     "scale_by_position": Cases(
         [{"T": 1, "N": 1, "D": 1}, {"T": 7, "N": 3, "D": 10}], {"growth": 1.0, "interval": 1.0}, {}
     ),
+    "int8_activations": Cases([{"R": 1, "C": 1, "G": 1}, {"R": [2, 3], "C": 5, "G": 32}], {}, {}),
     "rms_norm_linear": Cases([{"R": 1, "K": 8, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}], {}, {}),
     "add_rms_norm_linear": Cases([{"T": 1, "K": 8, "N": 1}, {"T": 17, "K": 65, "N": 33}], {}, {}),
     "add_rms_norm_linear_silu_mul": Cases([{"T": 1, "K": 8, "I": 1}, {"T": 17, "K": 65, "I": 33}], {}, {}),

@@ -58,6 +58,8 @@ COMBINATIONS = (
     Combination("kv_events_config", "prefill_workers", "events describe one prefix cache"),
     Combination("kv_events_config", "af", "events describe one prefix cache"),
     Combination("kv_events_config", "kv_tier", "events describe one prefix cache"),
+    Combination("activation_dtype", "device", "only kernels of CPUs have activations of 8 bits", "cpu"),
+    Combination("activation_dtype", "weights_tier", "weights in files are dequantised"),
     Combination("weights_tier", "device", "weights of a GPU stay in its memory", "cpu"),
     Combination("weights_budget", "weights_tier", "the weights are in memory otherwise", "disk"),
     Combination("weights_folder", "weights_tier", "the weights are in memory otherwise", "disk"),

@@ -33,6 +33,7 @@ from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.executor.weight_stats import WeightStats, weight_stats
 from sageLLM.runtime.kv.copies import Tier
+from sageLLM.runtime.loader.activations import ActivationDtype
 from sageLLM.runtime.loader.kv_form import KvCacheDtype
 from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
@@ -64,6 +65,10 @@ class LLM:
     reuses the KV of equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in
     `disk_folder` (None: the system's folder for temporary files); requests that are preempted when the pool is full are
     swapped there and need not be computed again.
+
+    `activation_dtype` "int8" rounds the activations of products with weights of integer codes to 8 bits, with a scale
+    for each 32 inputs of a row (dynamic quantisation, W8A8 and W4A8): prompts are faster, and answers differ from those
+    of the dequantised weights, within a bound (docs/formats.md). "auto" does not round them.
 
     `kv_tier`, "host" or "disk", adds `kv_tier_space` GiB of host memory or of a file for running requests: blocks for
     which the pool has no room lie there, and each step loads those that it reads layer by layer (docs/tiers.md).
@@ -127,6 +132,7 @@ class LLM:
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         kv_cache_dtype: KvCacheDtype = "auto",
+        activation_dtype: ActivationDtype = "auto",
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
@@ -218,7 +224,9 @@ class LLM:
         Empty if worker processes run the model.
         """
         model = self.model
-        return weight_stats(model.weights, model.ties, self.compiler.planner, model.dequantized)
+        return weight_stats(
+            model.weights, model.ties, self.compiler.planner, model.dequantized, model.declared_activations
+        )
 
     def io_stats(self, hardware: Hardware | None = None) -> list[IoReport]:
         """For each graph with transfers between tiers: the part of their time in which kernels ran as well.

@@ -61,6 +61,10 @@ class SharedOptions:
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"], Option("The KV cache in 8 bits per element, or (auto) in the element type.")
     ] = "auto"
+    activation_dtype: Annotated[
+        Literal["auto", "int8"],
+        Option("int8: round activations of products with integer weights to 8 bits, which is faster (W8A8, W4A8)."),
+    ] = "auto"
     gpu_memory_utilization: Annotated[
         float, Option("Fraction of a GPU's memory for weights, steps and KV, without --num-kv-blocks.")
     ] = 0.9

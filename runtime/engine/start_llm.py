@@ -139,6 +139,7 @@ def load(
             is_streamed=weights.tier == "disk",
             keeps_codes=reads_codes(options.kernels, device),
             kv_cache_dtype=options.kv_cache_dtype,
+            activation_dtype=options.activation_dtype,
         )
         tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, model.max_model_len)
     if parallelism.af is not None and not model.generates:

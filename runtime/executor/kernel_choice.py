@@ -30,11 +30,13 @@ def choose_planner(
     *,
     captures: bool = True,
     kv_form: KvForm | None = None,
+    activations: str | None = None,
 ) -> Planner:
     """The planner for a choice of KERNEL_CHOICES; `auto` selects the best kernels of the device.
 
     `overrides` take the place of reference kernels. Triton kernels are captured in CUDA graphs if `captures`. Raises
-    SageError for a choice that is unknown, or that the device or the form of the KV cache does not allow.
+    SageError for a choice that is unknown, or that the device, the form of the KV cache or the type of `activations`
+    does not allow.
     """
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
@@ -48,6 +50,10 @@ def choose_planner(
         if kv_form is not None:
             raise SageError(
                 f"kv_cache_dtype must be 'auto' with Triton kernels, got {kv_form.name!r}; or use kernels='reference'"
+            )
+        if activations is not None:
+            raise SageError(
+                f"activation_dtype must be 'auto' with Triton kernels, got {activations!r}; or use kernels='cpu'"
             )
         kernels = {**references, **triton_table(registry.packages)}
         if is_checked:

@@ -16,9 +16,8 @@ from sageLLM.runtime.executor.device_api import DeviceApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.recorder import StepRecorder
-from sageLLM.runtime.executor.native.weights import Weight, decode_weights, gates_of, pack_weights
+from sageLLM.runtime.executor.native.weights import Weight, decode_weights, for_references, gates_of, pack_weights
 from sageLLM.runtime.executor.torch_plan import Plan
-from sageLLM.runtime.kernels.cpu.coded import unpacked
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
@@ -65,7 +64,7 @@ class Planner(Protocol):
         """Replaces a model's weights by the form that the kernels of these graphs read."""
 
     def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
-        """The kernels of GEMMs by the form of codes; None for floats."""
+        """The kernels of GEMMs by the native form of codes; None for floats."""
 
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         """The gates of the weights that the kernels of these graphs read packed."""
@@ -102,7 +101,7 @@ class TorchPlanner:
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
     ) -> None:
         """Decodes codes: torch reads weights in their declared form."""
-        decode_weights(weights, ties)
+        decode_weights(weights, ties, self._kernels)
 
     def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
         return {}
@@ -169,7 +168,7 @@ class NativePlanner:
                 pack_weights(weights, ties, graphs, runner)
             except CompileError as error:
                 self._fall_back(error)
-        decode_weights(weights, ties)
+        decode_weights(weights, ties, self._kernels)
 
     def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
         if self._runner is None or self._fallback is not None or self._dtype not in ELEMENTS:
@@ -199,7 +198,9 @@ class NativePlanner:
         assert self._fallback is not None, "_fall_back sets the fallback planner"
         # The weights are packed already if the first kernel that fails belongs to a graph made after loading.
         packed = {name: x for name in graph.weights if isinstance(x := bound[name], PackedWeight)}
-        return self._fallback.plan(graph, {**bound, **{name: unpacked(x) for name, x in packed.items()}})
+        return self._fallback.plan(
+            graph, {**bound, **{name: for_references(x, self._kernels) for name, x in packed.items()}}
+        )
 
     def _fall_back(self, error: CompileError) -> None:
         LOG.warning("the slower torch references run instead of the CPU kernels: %s", error)

@@ -9,6 +9,7 @@ from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner
 from sageLLM.runtime.kernels.cpu.coded import group_of
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight
+from sageLLM.runtime.kernels.int8_activations import ACTIVATION_FORMS, Int8Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +31,47 @@ class WeightStats:
 
 
 def weight_stats(
-    weights: Mapping[str, Weight], ties: Mapping[str, str], planner: Planner, reasons: Mapping[str, str]
+    weights: Mapping[str, Weight],
+    ties: Mapping[str, str],
+    planner: Planner,
+    reasons: Mapping[str, str],
+    declared: str | None = None,
 ) -> list[WeightStats]:
     """The matrices of a model by form, after `Planner.prepare_weights`. A tied weight counts once.
 
-    `reasons` are those of weights that were dequantised when they were loaded.
+    `reasons` are those of weights that were dequantised when they were loaded, and `declared` is the type of
+    activations in the settings of the checkpoint.
     """
-    kernels = planner.gemm_kernels({one.form for one in weights.values() if isinstance(one, PackedWeight)})
+    kernels = planner.gemm_kernels({one.native for one in weights.values() if isinstance(one, PackedWeight)})
+    rounds = any(isinstance(one, PackedWeight) and one.activations is not None for one in weights.values())
     found: dict[tuple[str, str, str | None], WeightStats] = {}
     for name, weight in weights.items():
         if name in ties or len(weight.shape) < 2:
             continue
         form, num_bytes = _form(weight)
-        kernel = kernels.get(weight.form, "") if isinstance(weight, PackedWeight) else "not packed"
+        kernel = kernels.get(weight.native, "") if isinstance(weight, PackedWeight) else "not packed"
+        if isinstance(weight, PackedWeight) and weight.form is not None:
+            kernel += _activations(weight, declared, rounds=rounds)
+        elif isinstance(weight, Int8Weight):
+            kernel += ", activations in int8"
         one = WeightStats(form, kernel, 0, 0, reasons.get(name))
         key = form, kernel, one.reason
         held = found.get(key, one)
         found[key] = replace(held, num_weights=held.num_weights + 1, num_bytes=held.num_bytes + num_bytes)
     return list(found.values())
+
+
+def _activations(weight: PackedWeight, declared: str | None, *, rounds: bool) -> str:
+    """The activations that codes are multiplied with, if they are not those that a reader expects."""
+    if weight.activations is not None:
+        return f", activations in {weight.activations}"
+    own = f", activations in {str(weight.dtype).removeprefix('torch.')}"
+    if rounds:
+        return f"{own}, as its codes are not integers"
+    if declared is not None:
+        remedy = f": activation_dtype={declared!r} rounds them" if declared in ACTIVATION_FORMS else ""
+        return f"{own}, although the checkpoint declares {declared}{remedy}"
+    return ""
 
 
 def _form(weight: Weight) -> tuple[str, int]:

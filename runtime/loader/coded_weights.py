@@ -7,6 +7,7 @@ that are moved, or with parts that have no common codes, is dequantised; the rea
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import lcm, prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _joined(
     first = parts[0][1]
     names = {name: one for _, weight in parts for name, one in weight.parts.items()}
     # Rows of padding have scales of 0, and divisors of 1.
-    found = {
+    found: dict[str, Any] = {
         name: torch.full((*shape[:-1], one.shape[-1]), int(name == "factors"), dtype=_common(name, parts))
         for name, one in names.items()
     }

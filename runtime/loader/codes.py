@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def coded(
         for name, one in _moved(form, format.codes.kind, parts).items():
             found.setdefault(name, []).append(one.flatten(0, -2))
     shape = torch.Size(sizes[dim] for dim in ROWS[format.weight])
-    whole = {name: torch.cat(parts).view(*shape[:-1], -1) for name, parts in found.items()}
+    whole: dict[str, Any] = {name: torch.cat(parts).view(*shape[:-1], -1) for name, parts in found.items()}
     if "minima" not in whole and not whole["zeros"].any():
         del whole["zeros"]
     whole["scales"] = _short(whole["scales"]) if "factors" not in whole else whole["scales"]

@@ -20,11 +20,15 @@ _CLASSES = ("Linear",)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A format with its sizes, for the modules in `targets` (all if empty). A size of None is the whole inner dim."""
+    """A format with its sizes, for the modules in `targets` (all if empty). A size of None is the whole inner dim.
+
+    `activations` is the type of activations that the settings declare, such as int8.
+    """
 
     format: Format
     sizes: Mapping[str, int | None]
     targets: tuple[str, ...] = ()
+    activations: str | None = None
 
     def applies_to(self, module: str) -> bool:
         return not self.targets or any(target in _CLASSES or is_listed(module, [target]) for target in self.targets)
@@ -101,7 +105,15 @@ def _choice_of_group(
     own = {**settings, **{key: value for key, value in group.items() if value is not None}}
     targets = _names(group.get("targets"), f"{place}: 'targets'")
     choice = _choice(method, own, place)
-    return Choice(choice.format, choice.sizes, targets)
+    return Choice(choice.format, choice.sizes, targets, _activations(method, own))
+
+
+def _activations(method: QuantMethod, settings: Mapping[str, Any]) -> str | None:
+    """The type in the section of activations, if the method has one."""
+    if method.activations is None:
+        return None
+    bits, kind = (setting(settings, f"{method.activations}.{key}") for key in ("num_bits", "type"))
+    return f"{'fp' if kind == 'float' else 'int'}{bits}" if isinstance(bits, int) else None
 
 
 def _choice(method: QuantMethod, settings: Mapping[str, Any], place: str) -> Choice:

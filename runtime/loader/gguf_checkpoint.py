@@ -69,6 +69,10 @@ class GgufCheckpoint(Checkpoint):
         found = _unpermuted(found, source.num_heads) if source.num_heads else found
         return found if rows is None else found[rows]
 
+    @property
+    def is_quantized(self) -> bool:
+        return True
+
     def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
         source = self._sources[name]
         if len(source.shape) != 2 or source.format.sizes["B"] == 1:

@@ -23,7 +23,9 @@ from sageLLM.runtime.execution_graph.attention_ffn import Role, is_ffn_weight
 from sageLLM.runtime.execution_graph.stage_sizes import choose_sizes, parse_partition
 from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage
 from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
+from sageLLM.runtime.loader.activations import check_used, choose_activations
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
 from sageLLM.runtime.loader.heads import absent_head, without_weights
 from sageLLM.runtime.loader.kv_form import choose_kv_form, is_kv_scale
@@ -62,7 +64,9 @@ class Model:
     `pipeline_stage`, and of what precedes or follows the layers on the first and the last stage. `absent` are the
     weights of a head that the checkpoint lacks; such a model can only compute embeddings. `share` describes the
     weights, also if they are to be read from a file in each step. `dequantized` has the reasons for quantised weights
-    that no kernel reads as codes. `kv_form` is the form of KV caches if they consist of codes.
+    that no kernel reads as codes. `kv_form` is the form of KV caches if they consist of codes. `activations`
+    is the type that activations of weights of integer codes are rounded to, if they are, and `declared_activations` the
+    one in the settings of the weights.
     """
 
     layout: ModelLayout
@@ -77,6 +81,8 @@ class Model:
     share: WeightShare = NO_WEIGHTS
     dequantized: Mapping[str, str] = field(default_factory=dict)
     kv_form: KvForm | None = None
+    activations: str | None = None
+    declared_activations: str | None = None
 
     @property
     def generates(self) -> bool:
@@ -137,6 +143,7 @@ def load_model(
     is_streamed: bool = False,
     keeps_codes: bool = False,
     kv_cache_dtype: str = "auto",
+    activation_dtype: str = "auto",
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
@@ -146,10 +153,11 @@ def load_model(
     Without `has_weights` the folder is checked, and the model has the config of all ranks and no weights: it is for the
     process that sends steps to workers. With `is_streamed` the weights are left on disk. With `keeps_codes` weights of
     small codes stay so, for a planner with kernels that read them. `kv_cache_dtype` is the form of the KV cache, "auto"
-    for the element type.
+    for the element type, and `activation_dtype` that of activations of weights of integer codes, which then stay codes.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
-    missing, unused, or of a different shape, and SageError for a form of the KV cache that the layout does not allow.
+    missing, unused, or of a different shape, and SageError for a form of the KV cache that the layout does not allow,
+    and for a type of activations that no weight is multiplied with.
     """
     path = folder / "config.json"
     data = read_config_file(path)
@@ -159,6 +167,7 @@ def load_model(
     checkpoint = open_checkpoint(folder, registry)
     kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
     try:
+        activations = choose_activations(activation_dtype, checkpoint)
         layout, head = _fit_layout(layout, config, checkpoint, kind, registry.methods)
         stage = _pipeline_stage(folder, layout, config, rank // tp, pp, pp_layer_partition)
         option = f"af='A:Fx{tp}'" if role == "ffn" else f"tensor_parallel_size={tp}"
@@ -171,7 +180,10 @@ def load_model(
             specs = _weights_of_role(layout, weights_of_stage(layout, config, stage), role)
             share = WeightShare(tuple(map(by_experts, specs) if own.ep > 1 else specs), rank % tp, tp)
         if has_weights and not is_streamed:
-            weights, dequantized = _read(share, checkpoint, kind, device, keeps_codes=keeps_codes)
+            keeps_codes = keeps_codes or activations is not None
+            weights, dequantized = _read(
+                share, checkpoint, kind, device, keeps_codes=keeps_codes, activations=activations
+            )
     finally:
         checkpoint.close()
     return Model(
@@ -187,6 +199,8 @@ def load_model(
         share=share,
         dequantized=dequantized,
         kv_form=kv_form,
+        activations=activations,
+        declared_activations=checkpoint.declared_activations,
     )
 
 
@@ -243,13 +257,25 @@ def _weights_of_role(layout: ModelLayout, specs: Sequence[WeightSpec], role: Rol
 
 
 def _read(
-    share: WeightShare, checkpoint: Checkpoint, kind: torch.dtype, device: torch.device, *, keeps_codes: bool
+    share: WeightShare,
+    checkpoint: Checkpoint,
+    kind: torch.dtype,
+    device: torch.device,
+    *,
+    keeps_codes: bool,
+    activations: str | None,
 ) -> tuple[dict[str, Weight], dict[str, str]]:
     """The weights of a process, and the reasons for those of small codes that were dequantised."""
     dequantized: dict[str, str] = {}
     rank = {"rank": share.rank, "tp": share.tp}
     if keeps_codes:
-        return dict(load_coded_weights(share.specs, checkpoint, kind, dequantized=dequantized, **rank)), dequantized
+        weights = load_coded_weights(
+            share.specs, checkpoint, kind, dequantized=dequantized, activations=activations, **rank
+        )
+        if activations is not None:
+            is_used = any(isinstance(one, CodedWeight) and one.activations for one in weights.values())
+            check_used(activations, checkpoint.folder, is_used=is_used)
+        return dict(weights), dequantized
     return dict(load_weights(share.specs, checkpoint, kind, device, **rank)), dequantized
 
 

@@ -90,6 +90,14 @@ class QuantizedCheckpoint(Checkpoint):
         found = dequantize(weight.format, function, tensors, weight.sizes, dtype or torch.float32)
         return found if rows is None else found[rows]
 
+    @property
+    def is_quantized(self) -> bool:
+        return True
+
+    @property
+    def declared_activations(self) -> str | None:
+        return next((one.activations for one in self.quantized.choices if one.activations), None)
+
     def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
         if (weight := self.weights.get(name)) is None:
             return None

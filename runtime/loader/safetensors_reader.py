@@ -136,6 +136,16 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file} cannot be read: {error}; download it again") from None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weight is stored in a format."""
+        return False
+
+    @property
+    def declared_activations(self) -> str | None:
+        """The type of activations that the settings of the quantised weights declare, such as int8."""
+        return None
+
     def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
         """A quantised weight as codes for kernels of the element type `dtype`, or the reason why not.
 

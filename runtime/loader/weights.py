@@ -5,6 +5,7 @@ memory while the file is mapped, so it is mapped again after MAPPED_BYTES: the p
 """
 
 from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import TypeVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.model.weights import Part, View, WeightSpec, share_runs, share_shape
-from sageLLM.runtime.kernels.cpu.coded import CodedWeight
+from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight
 from sageLLM.runtime.kernels.cpu.packing import release_free_memory
 from sageLLM.runtime.loader.coded_weights import load_codes, with_columns
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
@@ -48,8 +49,9 @@ def load_coded_weights(
     rank: int = 0,
     tp: int = 1,
     dequantized: MutableMapping[str, str],
+    activations: str | None = None,
 ) -> dict[str, Tensor | CodedWeight]:
-    """As `load_weights` on the CPU, with quantised weights as codes.
+    """As `load_weights` on the CPU, with quantised weights as codes; integers are multiplied with `activations`.
 
     `dequantized` receives the names of quantised weights that cannot stay codes, with the reasons.
     """
@@ -57,7 +59,7 @@ def load_coded_weights(
     def load(spec: WeightSpec) -> Tensor | CodedWeight:
         found = load_codes(spec, checkpoint, dtype, partial(_fill_columns, spec, rank, tp), rank, tp)
         if isinstance(found, CodedWeight):
-            return found
+            return replace(found, activations=activations) if FORMS[found.form].has_integers else found
         if found is not None:
             dequantized[spec.name] = found
         if prod(share_shape(spec, tp)) * dtype.itemsize >= MAPPED_BYTES:

@@ -101,6 +101,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     max_num_prompts: int = 32
     enforce_eager: bool = False
     kv_cache_dtype: str = "auto"
+    activation_dtype: str = "auto"
 
     @property
     def num_ranks(self) -> int:
@@ -177,6 +178,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         is_streamed=spec.weights.tier == "disk",
         keeps_codes=reads_codes(spec.kernels, device),
         kv_cache_dtype=spec.kv_cache_dtype,
+        activation_dtype=spec.activation_dtype,
     )
     links = None
     if spec.side is not None and spec.af_channel is not None:
@@ -260,7 +262,14 @@ def make_compiler(
         disable=disable_passes,
         schedule=schedule,
         planner=choose_planner(
-            kernels, registry, model.device, model.short_dtype, overrides, captures=captures, kv_form=model.kv_form
+            kernels,
+            registry,
+            model.device,
+            model.short_dtype,
+            overrides,
+            captures=captures,
+            kv_form=model.kv_form,
+            activations=model.activations,
         ),
         pipeline_stage=model.pipeline_stage,
         side=side,

@@ -74,6 +74,7 @@ class FfnServer:
             role="ffn",
             expert_parallel=spec.enable_expert_parallel and spec.side.width > 1,
             keeps_codes=reads_codes(spec.kernels, device),
+            activation_dtype=spec.activation_dtype,
         )
         self._compiler: ModelCompiler = make_compiler(
             self._model,

@@ -92,7 +92,7 @@ def linear(library: Library, x: Tensor, w: PackedWeight) -> Tensor:
     y = framed[:rows, 2 : 2 + features]
     pointers = [x.data_ptr(), w.data_ptr(), None, y.data_ptr()]
     sizes = [rows, inner, features, x.stride(0), inner, framed.stride(0)]
-    function = kernel_function(library.address("linear", DTYPE_NAMES[x.dtype], form=w.form))
+    function = kernel_function(library.address("linear", DTYPE_NAMES[x.dtype], form=w.native))
     function((ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
     assert framed[:, :2].isnan().all() and framed[:, 2 + features :].isnan().all() and framed[rows].isnan().all()
     return y

@@ -22,6 +22,8 @@ VARIANTS = (
     ("linear", "sage::bf16", None),
     ("linear", "float", None),
     ("linear", "sage::bf16", "SAGE_WEIGHT=int6_codes"),
+    ("linear", "sage::bf16", "SAGE_WEIGHT=int4_codes -DSAGE_INT8_ROWS=1"),
+    ("experts", "float", "SAGE_WEIGHT=int8_codes -DSAGE_INT8_ROWS=1"),
     ("linear", "sage::bf16", "SAGE_WEIGHT=fp8_codes"),
     ("linear", "float", "SAGE_WEIGHT=fp8_codes"),
     ("experts", "sage::bf16", "SAGE_WEIGHT=fp4_codes"),
@@ -45,7 +47,7 @@ def test_kernels_compile_for(flag: str) -> None:
             flag,
             "-fsyntax-only",
             f"-DSAGE_ELEMENT={element}",
-            *([f"-D{form}"] if form else []),
+            *(f"-D{form}".split() if form else []),
         ]
         command = [*found.command, *flags, f"-I{compiler.HEADERS}", str(SOURCES / f"{file}.cpp")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -122,6 +122,7 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "block-size": "32",
         "num-kv-blocks": "40",
         "kv-cache-dtype": "fp8",
+        "activation-dtype": "int8",
         "gpu-memory-utilization": "0.8",
         "swap-space": "1",
         "disk-space": "2",

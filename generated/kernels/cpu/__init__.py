@@ -71,6 +71,7 @@ from ...ops.norm import (
 from ...ops.pooling import L2Norm, PoolFirst, PoolLast, PoolMean
 from ...ops.position import Rope, RopeInterleaved, ScaleByPosition
 from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ...ops.quantization import Int8Activations
 from ...ops.row_prologues import AddRmsNormLinear, AddRmsNormLinearSiluMul, RmsNormLinear
 from ...ops.sampling import Sample, SampleShard
 from ...ops.varlen_attention import VarlenAttention
@@ -217,6 +218,7 @@ def _kernels() -> dict[str, NativeKernel]:
             updates=True,
             caches=("k_cache", "v_cache"),
         ),
+        "int8_activations": NativeKernel(Int8Activations, "quantization.cpp", ("R", "C", "G")),
         "rms_norm_linear": NativeKernel(RmsNormLinear, "row_prologues.cpp", ("R", "K", "N"), packed={"w": 1}),
         "add_rms_norm_linear": NativeKernel(AddRmsNormLinear, "row_prologues.cpp", ("T", "K", "N"), packed={"w": 1}),
         "add_rms_norm_linear_silu_mul": NativeKernel(

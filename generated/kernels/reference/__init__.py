@@ -73,6 +73,7 @@ from .norm import (
 from .pooling import l2_norm, pool_first, pool_last, pool_mean
 from .position import rope, rope_interleaved, scale_by_position
 from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
+from .quantization import int8_activations
 from .row_prologues import add_rms_norm_linear, add_rms_norm_linear_silu_mul, rms_norm_linear
 from .sampling import draw, sample, sample_shard
 from .varlen_attention import varlen_attention
@@ -175,6 +176,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "qk_rope_interleaved_kv_store": qk_rope_interleaved_kv_store,
     "qk_norm_rope_kv_store": qk_norm_rope_kv_store,
     "qk_norm_1p_rope_kv_store": qk_norm_1p_rope_kv_store,
+    "int8_activations": int8_activations,
     "rms_norm_linear": rms_norm_linear,
     "add_rms_norm_linear": add_rms_norm_linear,
     "add_rms_norm_linear_silu_mul": add_rms_norm_linear_silu_mul,

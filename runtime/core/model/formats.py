@@ -138,7 +138,8 @@ class QuantMethod:
     """A quantisation method: its name in config.json, and its formats, of which the first that fits is used.
 
     `groups` is the key of sections that each apply to the modules in their `targets`; `skip` are keys with modules that
-    are not quantised; `keys` are known keys without an effect on values, of which `writes` are written.
+    are not quantised; `keys` are known keys without an effect on values, of which `writes` are written; `activations`
+    is the key of a section that declares the type of activations.
     """
 
     name: str
@@ -149,6 +150,7 @@ class QuantMethod:
     skip: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     writes: Mapping[str, Setting] = field(default_factory=dict)
+    activations: str | None = None
     architecture_defaults: Architecture = field(default_factory=Architecture)
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     recipes: Mapping[str, Recipe] = field(default_factory=dict)

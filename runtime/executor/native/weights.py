@@ -12,6 +12,7 @@ from torch import Tensor
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded, pack_codes, unpacked
 from sageLLM.runtime.kernels.cpu.library import Library
@@ -24,6 +25,7 @@ from sageLLM.runtime.kernels.cpu.packing import (
     pack_away,
     release_free_memory,
 )
+from sageLLM.runtime.kernels.int8_activations import INT8_ACTIVATIONS, with_int8_activations
 
 Weight: TypeAlias = Tensor | PackedWeight | CodedWeight
 """A weight; codes only until `pack_weights` or `decode_weights` has run."""
@@ -44,7 +46,7 @@ def pack_weights(
     """Replaces the weights that the graphs' GEMMs read by their packed form, one at a time to bound the peak memory.
 
     `ties` maps a tied weight to the weight that it shares. The values of large weights are lost, so `weights` must be
-    the only owner. Codes that no GEMM reads are decoded. Raises CompileError, and then changes nothing.
+    the only owner. Codes that no GEMM reads stay. Raises CompileError, and then changes nothing.
     """
     graphs = list(graphs)
     memory, gates_by_name = WeightMemory(), gates_of(graphs, ties, runner)
@@ -67,15 +69,22 @@ def pack_weights(
             if num_freed > FREED_BYTES:
                 release_free_memory()
                 num_freed = 0
-    decode_weights(weights, ties)
 
 
-def decode_weights(weights: MutableMapping[str, Weight], ties: Mapping[str, str]) -> None:
-    """Replaces codes by float weights, one at a time."""
+def decode_weights(
+    weights: MutableMapping[str, Weight], ties: Mapping[str, str], kernels: Mapping[str, Kernel]
+) -> None:
+    """Replaces codes by float weights for the reference kernels `kernels`, one at a time."""
     for name, held in list(weights.items()):
         if name not in ties and isinstance(held, CodedWeight):
-            found = decoded(held, held.dtype)
+            found = for_references(held, kernels)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), found))
+
+
+def for_references(weight: PackedWeight | CodedWeight, kernels: Mapping[str, Kernel]) -> Tensor:
+    """The weight as the reference kernels read it: their products round activations as those of its kernels do."""
+    values = decoded(weight, weight.dtype) if isinstance(weight, CodedWeight) else unpacked(weight)
+    return values if weight.activations is None else with_int8_activations(values, kernels[INT8_ACTIVATIONS])
 
 
 def _build_forms(
@@ -93,7 +102,7 @@ def _build_forms(
             weight = "" if ref is None else ties.get(ref.name, ref.name)
             held = weights.get(weight) if weight in gates else None
             if ref is not None and isinstance(held, CodedWeight):
-                ops.setdefault((held.form, ref.dtype), set()).add(node.op)
+                ops.setdefault((held.native, ref.dtype), set()).add(node.op)
     for (form, element), names in ops.items():
         runner.prepare(sorted(names), element, form)
 
@@ -122,9 +131,9 @@ class WeightForms:
         return isinstance(self._bound[name], PackedWeight)
 
     def form(self, name: str) -> str | None:
-        """The form of a weight that the model keeps as packed codes."""
+        """The native form of a weight that the model keeps as packed codes."""
         held = self._bound[name]
-        return held.form if isinstance(held, PackedWeight) else None
+        return held.native if isinstance(held, PackedWeight) else None
 
     def location_as_held(self, ref: TensorRef) -> Location:
         """The location of the weight in the form that the model keeps."""

@@ -119,7 +119,7 @@ class NativeCallable:
         element = self.kernel.element_in(known.env) or ELEMENTS[0]
         unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
         packed = [x for name in self.kernel.packed if isinstance(x := given.get(name), PackedWeight)]
-        names = [*(one.form for one in packed), *(one.native for one in forms.values())]
+        names = [*(one.native for one in packed), *(one.native for one in forms.values())]
         function = kernel_function(
             self._library.address(op.op, element, unpacks=unpacks, form=names[0] if names else None)
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.kernels.cpu.packing import DEPTH, LINE, PANEL, PackedWeight, WeightMemory, unpack
+from sageLLM.runtime.kernels.cpu.packing import DEPTH, LINE, PANEL, PackedWeight, WeightMemory, native_form, unpack
 
 HEADER_BYTES = 64
 SCALE_TYPES = (
@@ -33,6 +33,11 @@ class Form:
     bits: int
     center: int
     values: tuple[float, ...] | None = None
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether the values are integers times the scale, so that products with activations of 8 bits are."""
+        return self.values is not E4M3
 
     @property
     def words(self) -> int:
@@ -58,7 +63,8 @@ class CodedWeight:
 
     words i32[..., N, ceil(K/32)*words]; scales [..., N, groups] of SCALE_TYPES; zeros i8 of the same shape, or None.
     `group` is the number of inputs of a scale. Scales in i8 and e4m3 have `factors` [..., N, supers] of f16 and f32,
-    for equal numbers of groups. With `minima`, factors f16 of the zeros, these are minima.
+    for equal numbers of groups. With `minima`, factors f16 of the zeros, these are minima. `activations` is the type of
+    the codes that products round activations to, or None if they do not.
     """
 
     form: str
@@ -70,6 +76,12 @@ class CodedWeight:
     dtype: torch.dtype = torch.bfloat16
     factors: Tensor | None = None
     minima: Tensor | None = None
+    activations: str | None = None
+
+    @property
+    def native(self) -> str:
+        """As in PackedWeight."""
+        return native_form(self.form, self.activations)
 
     @property
     def device(self) -> torch.device:
@@ -230,7 +242,9 @@ def pack_codes(weight: CodedWeight, gates: int, memory: WeightMemory | None = No
     panels[..., : starts["words"]].zero_()
     for name, part in weight.parts.items():
         _fill(panels[..., starts[name] : starts[name] + layout.sizes[name]], part, layout)
-    return PackedWeight(values, weight.shape, gates, form=weight.form, element=weight.dtype)
+    return PackedWeight(
+        values, weight.shape, gates, form=weight.form, element=weight.dtype, activations=weight.activations
+    )
 
 
 def _shift(groups: int, factors: int) -> int:
@@ -281,6 +295,7 @@ def unpack_codes(packed: PackedWeight) -> CodedWeight:
         packed.dtype,
         rows(factors, supers, torch.float16 if kind == torch.int8 else torch.float32) if factors else None,
         rows(minima, supers, torch.float16) if minima else None,
+        packed.activations,
     )
 
 

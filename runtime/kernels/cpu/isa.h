@@ -1,11 +1,14 @@
 // Selection of the microkernel by instruction set: AMX tiles, else AVX512_BF16, else float32 multiply-adds. For coded
-// weights AVX512_VNNI if codes are integers or E2M1, and AVX512_BF16 if they are E4M3, else float32 multiply-adds.
+// weights AVX512_VNNI if codes are integers or E2M1, and AVX512_BF16 if they are E4M3, else float32 multiply-adds. With
+// activations of 8 bits (SAGE_INT8_ROWS) AVX512_VNNI, else float32.
 //
 // SAGELLM_CPU_ISA (amx, avx512_bf16, avx512_vnni, fp32) requests another one, for tests; what the machine lacks is
 // skipped.
 #pragma once
 
 #include "microkernel_amx.h"
+#include "microkernel_int8.h"
+#include "microkernel_int8_widened.h"
 #include "microkernel_pairs.h"
 #include "microkernel_vector.h"
 #include "microkernel_widened.h"
@@ -23,6 +26,13 @@ struct MicrokernelFor {
     static const Microkernel<Element, Weight>& select() {
         if constexpr (IsCoded<Weight>::value) {
             constexpr bool IS_E4M3 = std::is_same<Weight, fp8_codes>::value;
+            if constexpr (SAGE_INT8_ROWS && !IS_E4M3) {
+#if defined(__AVX512VNNI__)
+                if (allows("amx") || allows("avx512_bf16") || allows("avx512_vnni"))
+                    return int8::MICROKERNEL<Element, Weight>;
+#endif
+                return int8_widened::MICROKERNEL<Element, Weight>;
+            }
 #if defined(__AVX512VNNI__)
             if constexpr (sizeof(Element) == 2 && !IS_E4M3)
                 if (allows("amx") || allows("avx512_bf16") || allows("avx512_vnni"))

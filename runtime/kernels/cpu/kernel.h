@@ -8,6 +8,11 @@
 #define SAGE_WEIGHT SAGE_ELEMENT
 #endif
 
+// Whether GEMMs multiply weights of integer codes with activations of 8 bits (int8_rows.h).
+#if !defined(SAGE_INT8_ROWS)
+#define SAGE_INT8_ROWS 0
+#endif
+
 // The stored form of KV caches: the element type, or codes (kv_forms.h) if the file is compiled for them.
 #if !defined(SAGE_KV)
 #define SAGE_KV SAGE_ELEMENT

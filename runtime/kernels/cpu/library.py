@@ -55,7 +55,7 @@ class Library:
         """The address of the op's function, for calls from native code; built and loaded first. Raises CompileError.
 
         With `unpacks` it is the function that reads the op's table packed. With a `form` the packed weight consists of
-        codes of that form (`coded.h`), or the KV caches do (`kv_forms.h`); no op reads both.
+        codes of that form (`PackedWeight.native`, `coded.h`), or the KV caches do (`kv_forms.h`); no op reads both.
         """
         kernel = self.kernels[op]
         name = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
@@ -109,8 +109,11 @@ class Library:
     def _flags_of(self, form: str | None) -> tuple[str, ...]:
         if form is None:
             return self._flags
-        is_cache = form in (one.native for one in KV_FORMS.values())
-        return (*self._flags, f"-DSAGE_KV={form}" if is_cache else f"-DSAGE_WEIGHT={form}_codes")
+        if form in (one.native for one in KV_FORMS.values()):
+            return (*self._flags, f"-DSAGE_KV={form}")
+        codes, _, activations = form.partition("_")
+        own = ("-DSAGE_INT8_ROWS=1",) if activations else ()
+        return (*self._flags, f"-DSAGE_WEIGHT={codes}_codes", *own)
 
     def _file(self, source: str, element: str, form: str | None) -> ctypes.CDLL:
         key = source, element, form

@@ -30,7 +30,8 @@ class PackedWeight:
     """A weight [gates * N, K], or [groups, gates * N, K]. It has the tensor methods that a kernel call uses.
 
     A staged weight is valid only in the part of each step that follows its load. A weight of codes has a `form`
-    (`coded.py`), bytes as values, and the element type `element` for the ops that read it.
+    (`coded.py`), bytes as values, the element type `element` for the ops that read it, and `activations`, the type of
+    the codes that its products round activations to, if they do.
     """
 
     values: Tensor
@@ -39,6 +40,12 @@ class PackedWeight:
     is_staged: bool = False
     form: str | None = None
     element: torch.dtype | None = None
+    activations: str | None = None
+
+    @property
+    def native(self) -> str | None:
+        """The name of the form in `Library`, which the kernels are compiled for."""
+        return None if self.form is None else native_form(self.form, self.activations)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,6 +64,11 @@ class PackedWeight:
 
     def numel(self) -> int:
         return self.shape.numel()
+
+
+def native_form(form: str, activations: str | None) -> str:
+    """The name of a form of codes, with the type of the activations that they are multiplied with, in `Library`."""
+    return form if activations is None else f"{form}_{activations}"
 
 
 class WeightMemory:
