@@ -1,6 +1,7 @@
 """Emits the Triton kernels: `kernels/triton/norm.py` with kernels and launchers, and the table of all launchers."""
 
 import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,12 @@ class TritonKernel:
     """The ops that the launcher calls by their launchers."""
 
     @property
+    def coded(self) -> str:
+        """The operand that may be codes, or empty."""
+        found = re.search(r"\bstored\((\w+)\)", self.text)
+        return "" if found is None else found[1]
+
+    @property
     def references(self) -> list[OpDef]:
         """The ops that the launcher calls by their references."""
         candidates = [self.op, *([self.consumer] if self.consumer else [])]
@@ -63,7 +70,9 @@ def emit_triton(ops: Sequence[OpDef], specs: Specs, renderer: Renderer, programs
         imports=_imports(kernels, specs),
         source=source,
     )
-    rows = tuple({"name": kernel.op.name, "ref": kernel.op.ref, "template": kernel.template} for kernel in kernels)
+    rows = tuple(
+        {"name": one.op.name, "ref": one.op.ref, "template": one.template, "coded": one.coded} for one in kernels
+    )
     return [Output(f"{FOLDER}/{ops[0].stem}.py", header(source, kernels[0].op.name) + text, refs(rows), rows)]
 
 

@@ -24,9 +24,9 @@ from sageLLM.codegen.kernel.names import OwnNames, own_names, stride_name
 from sageLLM.codegen.kernel.rows import Let, Load, Location, Loop, Nest, Reduction, Store, Sweep
 from sageLLM.codegen.model.op import Call, OpDef, Template
 
-VARIABLES = ("m", "n", "k", "gate", "is_first", "rows", "weights", "start")
+VARIABLES = ("m", "n", "k", "gate", "is_first", "is_weight", "rows", "weights", "start")
 """Variables of the kernel in the template, besides the sums."""
-OWN = (*VARIABLES, "acc", "acc_1", "use")
+OWN = (*VARIABLES, "acc", "acc_1", "use", "memory", "strides", "codes")
 
 
 class EpilogueKernel(RowKernel):
@@ -81,9 +81,15 @@ class PrologueKernel(RowKernel):
         operand = store.location.operand
         if operand == self.gemm.x.name:
             value = tidy(self._text(store.value))
-            self._put(f"rows = ({value}).to({self.gemm.w.name}.dtype.element_ty)")
+            self._put(f"rows = ({value}).to({self._like_weight()}.dtype.element_ty)")
         if operand in self._operands:
             super()._store(store)
+
+    def _like_weight(self) -> str:
+        """An operand of the weight's element type; the weight itself may be bytes of codes."""
+        w = self.gemm.w
+        others = [o for o in self.op.inputs if o.name != w.name]
+        return next(o.name for o in (*others, w) if o.type.element == w.type.element)
 
     def _store_mask(self, location: Location) -> str:
         return f"{super()._store_mask(location)} & is_first"
@@ -223,6 +229,7 @@ def _parameters(
     names = dict.fromkeys([*x, gemm.w.name, *read, *(stride_name(gemm.x, 0) for _ in x), rows])
     sizes = dict.fromkeys([size_text(gemm.sweep.loop.extent), size_text(gemm.inner)])
     sizes |= {name: None for name in names if name in op.symbols and name != rows}
+    every = {**every, gemm.w.name: "memory"}
     return tuple((name, every.get(name, name)) for name in names if name not in sizes), tuple(sizes)
 
 

@@ -32,7 +32,7 @@ def gemm_view(op: OpDef) -> dict[str, object]:
         "y_rows": y.name if is_by_head else f"{y.name}.view(M, N)",
         "heads": f"{x.name}.shape[1]" if is_by_head else "1",
         "x_head": f"{x.name}.stride(1)" if is_by_head else "0",
-        "w_head": f"{w.name}.stride(0)" if is_by_head else "0",
+        "w_head": "strides[0]" if is_by_head else "0",
         "y_head": f"{y.name}.stride(1)" if is_by_head else "0",
     }  # fmt: skip
 

@@ -11,14 +11,14 @@ from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor import red_zones
 from sageLLM.runtime.executor.device_api import CudaApi
-from sageLLM.runtime.executor.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
+from sageLLM.runtime.executor.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner, TritonPlanner
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.kernels.triton import why_no_triton
 from sageLLM.runtime.registry.plugins import Registry
-from sageLLM.runtime.registry.trees import native_tables, triton_table
+from sageLLM.runtime.registry.trees import native_tables, triton_coded, triton_table
 
 
 def choose_planner(
@@ -58,7 +58,8 @@ def choose_planner(
         kernels = {**references, **triton_table(registry.packages)}
         if is_checked:
             return TorchPlanner(red_zones.checked(kernels, registry.ops), "triton", gpu)
-        return TorchPlanner(kernels, "triton", gpu, captures=captures and gpu is not None)
+        coded = triton_coded(registry.packages)
+        return TritonPlanner(kernels, coded, device, gpu, captures=captures and gpu is not None)
     if choice == "cpu" and device.type != "cpu":
         raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
@@ -81,6 +82,8 @@ def native_callables(registry: Registry) -> dict[str, Kernel]:
 
 def reads_codes(choice: str, device: torch.device) -> bool:
     """Whether the planner of a choice has kernels for weights of small codes."""
+    if choice == "triton" or (choice == "auto" and device.type == "cuda" and why_no_triton(device) is None):
+        return not red_zones.is_enabled()
     return device.type == "cpu" and choice in ("auto", "cpu")
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.kv_form import KvForm
 from sageLLM.runtime.executor.cuda_graphs import DeviceBuffers, DevicePlan, GraphedPlan
@@ -18,6 +20,8 @@ from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.recorder import StepRecorder
 from sageLLM.runtime.executor.native.weights import Weight, decode_weights, for_references, gates_of, pack_weights
 from sageLLM.runtime.executor.torch_plan import Plan
+from sageLLM.runtime.kernels.coded_tensor import coded_tensor
+from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
@@ -128,6 +132,48 @@ class TorchPlanner:
             is_captured = False
         make = GraphedPlan if is_captured else DevicePlan
         return make(graph, self._kernels, tensors, self._buffers)
+
+
+class TritonPlanner(TorchPlanner):
+    """Plans of Triton launchers on `place`, a GPU, or the CPU of the interpreter. Weights of codes stay codes.
+
+    `coded` are the operands, by op, that launchers read as codes.
+    """
+
+    def __init__(
+        self,
+        kernels: Mapping[str, Kernel],
+        coded: Mapping[str, str],
+        place: torch.device,
+        device: DeviceApi | None = None,
+        *,
+        captures: bool = False,
+    ) -> None:
+        super().__init__(kernels, "triton", device, captures=captures)
+        self._coded, self._place = coded, place
+
+    def prepare_weights(
+        self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
+    ) -> None:
+        """Moves weights of codes to the device, decoded if an op besides the GEMMs reads them."""
+        others = self._read_as_floats(ties, graphs)
+        for name, held in list(weights.items()):
+            if isinstance(held, CodedWeight) and name not in ties and name not in others:
+                found = coded_tensor(held, self._place)
+                weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), found))
+        decode_weights(weights, ties, self._kernels, self._place)
+
+    def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
+        return {form: "Triton, decoded in registers" for form in forms if form is not None}
+
+    def _read_as_floats(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> set[str]:
+        nodes = [node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)]
+        reads = [(node, name, node.optional_input(name)) for node in nodes for name in node.input_types]
+        return {
+            ties.get(ref.name, ref.name)
+            for node, name, ref in reads
+            if ref is not None and self._coded.get(node.op) != name
+        }
 
 
 class NativePlanner:

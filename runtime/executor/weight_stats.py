@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner
+from sageLLM.runtime.kernels.coded_tensor import CodedTensor
 from sageLLM.runtime.kernels.cpu.coded import group_of
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight
 from sageLLM.runtime.kernels.int8_activations import ACTIVATION_FORMS, Int8Weight
@@ -42,14 +43,20 @@ def weight_stats(
     `reasons` are those of weights that were dequantised when they were loaded, and `declared` is the type of
     activations in the settings of the checkpoint.
     """
-    kernels = planner.gemm_kernels({one.native for one in weights.values() if isinstance(one, PackedWeight)})
+    native = {one.native for one in weights.values() if isinstance(one, PackedWeight)}
+    coded = {one.form for one in weights.values() if isinstance(one, CodedTensor)}
+    kernels = planner.gemm_kernels(native | coded)
     rounds = any(isinstance(one, PackedWeight) and one.activations is not None for one in weights.values())
     found: dict[tuple[str, str, str | None], WeightStats] = {}
     for name, weight in weights.items():
         if name in ties or len(weight.shape) < 2:
             continue
         form, num_bytes = _form(weight)
-        kernel = kernels.get(weight.native, "") if isinstance(weight, PackedWeight) else "not packed"
+        kernel = "not packed"
+        if isinstance(weight, PackedWeight):
+            kernel = kernels.get(weight.native, "")
+        elif isinstance(weight, CodedTensor):
+            kernel = kernels.get(weight.form, "")
         if isinstance(weight, PackedWeight) and weight.form is not None:
             kernel += _activations(weight, declared, rounds=rounds)
         elif isinstance(weight, Int8Weight):
@@ -79,7 +86,12 @@ def _form(weight: Weight) -> tuple[str, int]:
         num_bytes = weight.values.nbytes
         if weight.form is None:
             return str(weight.dtype).removeprefix("torch."), num_bytes
-        group = group_of(weight)
-        return f"{weight.form} {'by output' if group >= weight.shape[-1] else f'in groups of {group}'}", num_bytes
+        return _coded_form(weight.form, group_of(weight), weight.shape[-1]), num_bytes
+    if isinstance(weight, CodedTensor):
+        return _coded_form(weight.form, weight.code_layout.group, weight.shape[-1]), weight.num_bytes
     assert isinstance(weight, Tensor), "codes are packed or decoded before this"
     return str(weight.dtype).removeprefix("torch."), weight.nbytes
+
+
+def _coded_form(form: str, group: int, inner: int) -> str:
+    return f"{form} {'by output' if group >= inner else f'in groups of {group}'}"

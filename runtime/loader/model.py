@@ -270,7 +270,7 @@ def _read(
     rank = {"rank": share.rank, "tp": share.tp}
     if keeps_codes:
         weights = load_coded_weights(
-            share.specs, checkpoint, kind, dequantized=dequantized, activations=activations, **rank
+            share.specs, checkpoint, kind, device, dequantized=dequantized, activations=activations, **rank
         )
         if activations is not None:
             is_used = any(isinstance(one, CodedWeight) and one.activations for one in weights.values())

@@ -45,13 +45,14 @@ def load_coded_weights(
     specs: Iterable[WeightSpec],
     checkpoint: Checkpoint,
     dtype: torch.dtype,
+    device: torch.device,
     *,
     rank: int = 0,
     tp: int = 1,
     dequantized: MutableMapping[str, str],
     activations: str | None = None,
 ) -> dict[str, Tensor | CodedWeight]:
-    """As `load_weights` on the CPU, with quantised weights as codes; integers are multiplied with `activations`.
+    """As `load_weights`, with quantised weights as codes on the CPU; integers are multiplied with `activations`.
 
     `dequantized` receives the names of quantised weights that cannot stay codes, with the reasons.
     """
@@ -64,7 +65,7 @@ def load_coded_weights(
             dequantized[spec.name] = found
         if prod(share_shape(spec, tp)) * dtype.itemsize >= MAPPED_BYTES:
             release_free_memory()  # that of intermediate results of codes, next to which a large weight is the peak
-        return _load(spec, checkpoint, dtype, torch.device("cpu"), rank, tp)
+        return _load(spec, checkpoint, dtype, device, rank, tp)
 
     return _load_each(specs, checkpoint, load)
 

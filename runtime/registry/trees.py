@@ -61,6 +61,11 @@ def triton_table(packages: Iterable[str]) -> dict[str, Any]:
     return read_table(list(packages), TRITON, "KERNELS")
 
 
+def triton_coded(packages: Iterable[str]) -> dict[str, str]:
+    """The operands that Triton's launchers read as codes, by op. Imports Triton."""
+    return read_table(list(packages), TRITON, "CODED")
+
+
 def import_folder(folder: Path) -> str:
     """Imports a generated tree as a separate package and returns the package's name."""
     start = folder / "__init__.py"

@@ -74,7 +74,7 @@ from .row_prologues import add_rms_norm_linear, add_rms_norm_linear_silu_mul, rm
 from .sampling import draw, sample
 from .varlen_attention import varlen_attention
 
-__all__ = ["KERNELS", "TEMPLATES"]
+__all__ = ["CODED", "KERNELS", "TEMPLATES"]
 
 KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "silu_mul": silu_mul,
@@ -176,3 +176,25 @@ TEMPLATES: dict[str, str] = {
     "varlen_attention": "varlen",
 }
 """The templates of kernels that are not made from equations, by which `targets` holds their configurations."""
+
+CODED: dict[str, str] = {
+    "router_logits": "w",
+    "expert_linear": "w",
+    "expert_down": "w",
+    "linear": "w",
+    "lm_head": "w",
+    "head_linear": "w",
+    "linear_silu_mul": "w",
+    "linear_gelu_mul": "w",
+    "linear_gelu_tanh_mul": "w",
+    "linear_gelu": "w",
+    "linear_gelu_tanh": "w",
+    "linear_add": "w",
+    "lm_head_scale": "w",
+    "lm_head_soft_cap": "w",
+    "lm_head_sample": "w",
+    "rms_norm_linear": "w",
+    "add_rms_norm_linear": "w",
+    "add_rms_norm_linear_silu_mul": "w",
+}
+"""The operands that may be codes: their kernels decode them in registers."""

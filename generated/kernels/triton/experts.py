@@ -11,7 +11,7 @@ from ..reference.experts import expert_down as reference_expert_down
 from ..reference.experts import expert_linear as reference_expert_linear
 from ..reference.experts import router_logits as reference_router_logits
 from . import device
-from .products import product
+from .products import configuration, product, stored
 from .routing import Routing
 from .targets import choose
 from .tiles import dense, split_tile
@@ -44,6 +44,7 @@ def _router_logits_kernel(
     w_row,
     y_row,
     y_head,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,8 +54,8 @@ def _router_logits_kernel(
     k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc
     tl.store(logits + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
 
@@ -62,15 +63,16 @@ def _router_logits_kernel(
 def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """A score per expert for every token, computed and returned in float32, as in DeepSeek V3."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    use = choose("linear", E=x.element_size())
+    use = choose(configuration("linear", w), E=x.element_size())
     if use is None or M > 65536 or M == 0:
         return reference_router_logits(x, w, bias)
+    memory, strides, codes = stored(w)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     x_rows, y_rows = x.reshape(M, K), logits.view(M, N)
     BLOCK_M = 16 if M <= 16 else 32
     _router_logits_kernel[(triton.cdiv(N, use["BLOCK_N"]), 1, triton.cdiv(M, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         M,
@@ -79,9 +81,10 @@ def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         x_rows.stride(0),
         0,
         0,
-        w.stride(-2),
+        strides[-1],
         y_rows.stride(0),
         0,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -249,6 +252,7 @@ def _expert_linear_kernel(
     K: tl.constexpr,
     COPIES: tl.constexpr,
     DIRECT: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -268,9 +272,11 @@ def _expert_linear_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if expert < X:  # the row of another expert is zero
         x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
-        w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + k[:, None]
+        w_ptrs = (
+            w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+        )
         acc = product(
-            x_ptrs, w_ptrs, is_row[:, None], is_column[None, :], K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K
+            x_ptrs, w_ptrs, is_row[:, None], is_column[None, :], K, CODES, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K
         )
         if bias is not None:
             acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -283,9 +289,10 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
     The row of expert X, one more than the last, is zero.
     """
     (X, N, K), A, num_pairs = w.shape, experts.shape[1], experts.numel()
-    use = choose("expert_linear", E=x.element_size(), P=max(1, num_pairs // X))
+    use = choose(configuration("expert_linear", w), E=x.element_size(), P=max(1, num_pairs // X))
     if use is None:
         return reference_expert_linear(x, experts, w, bias)
+    memory, strides, codes = stored(w)
     y = torch.empty(*experts.shape, N, dtype=x.dtype, device=x.device)
     if num_pairs == 0:
         return y
@@ -295,7 +302,7 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
     num_tiles = num_pairs if routing is None else num_pairs // use["BLOCK_M"] + X + 1
     _expert_linear_kernel[(num_tiles, triton.cdiv(N, use["BLOCK_N"]))](
         rows,
-        w,
+        memory,
         bias,
         experts,
         order,
@@ -303,8 +310,7 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
         y,
         num_pairs,
         rows.stride(0),
-        w.stride(0),
-        w.stride(1),
+        *strides,
         N if bias is None else bias.stride(0),
         y.stride(1),
         X=X,
@@ -312,6 +318,7 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
         K=K,
         COPIES=A if x.dim() == 2 else 1,
         DIRECT=routing is None,
+        CODES=codes,
         BLOCK_M=16 if routing is None else use["BLOCK_M"],
         BLOCK_N=use["BLOCK_N"],
         BLOCK_K=use["BLOCK_K"],
@@ -343,6 +350,7 @@ def _expert_down_kernel(
     K: tl.constexpr,
     COPIES: tl.constexpr,
     DIRECT: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -362,9 +370,11 @@ def _expert_down_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if expert < X:  # the row of another expert is zero
         x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
-        w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + k[:, None]
+        w_ptrs = (
+            w + expert.to(tl.int64) * w_expert + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+        )
         acc = product(
-            x_ptrs, w_ptrs, is_row[:, None], is_column[None, :], K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K
+            x_ptrs, w_ptrs, is_row[:, None], is_column[None, :], K, CODES, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K
         )
         if bias is not None:
             acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -377,9 +387,10 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
     The row of expert X, one more than the last, is zero.
     """
     (X, N, K), A, num_pairs = w.shape, experts.shape[1], experts.numel()
-    use = choose("expert_linear", E=x.element_size(), P=max(1, num_pairs // X))
+    use = choose(configuration("expert_linear", w), E=x.element_size(), P=max(1, num_pairs // X))
     if use is None:
         return reference_expert_down(x, experts, w, bias)
+    memory, strides, codes = stored(w)
     y = torch.empty(*experts.shape, N, dtype=x.dtype, device=x.device)
     if num_pairs == 0:
         return y
@@ -389,7 +400,7 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
     num_tiles = num_pairs if routing is None else num_pairs // use["BLOCK_M"] + X + 1
     _expert_down_kernel[(num_tiles, triton.cdiv(N, use["BLOCK_N"]))](
         rows,
-        w,
+        memory,
         bias,
         experts,
         order,
@@ -397,8 +408,7 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
         y,
         num_pairs,
         rows.stride(0),
-        w.stride(0),
-        w.stride(1),
+        *strides,
         N if bias is None else bias.stride(0),
         y.stride(1),
         X=X,
@@ -406,6 +416,7 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
         K=K,
         COPIES=A if x.dim() == 2 else 1,
         DIRECT=routing is None,
+        CODES=codes,
         BLOCK_M=16 if routing is None else use["BLOCK_M"],
         BLOCK_N=use["BLOCK_N"],
         BLOCK_K=use["BLOCK_K"],

@@ -15,7 +15,7 @@ from ..reference.sampling import sample as reference_sample
 from . import device
 from .activation import gelu, gelu_mul, gelu_tanh, gelu_tanh_mul, silu_mul
 from .elementwise import add, scale, soft_cap
-from .products import gated_product, product
+from .products import configuration, gated_product, product, stored
 from .targets import choose
 from .tiles import dense
 
@@ -51,6 +51,7 @@ def _linear_kernel(
     w_row,
     y_row,
     y_head,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,8 +62,8 @@ def _linear_kernel(
     k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
@@ -72,15 +73,16 @@ def _linear_kernel(
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection by a weight stored row by output feature, with an optional bias."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    use = choose("linear", E=x.element_size())
+    use = choose(configuration("linear", w), E=x.element_size())
     if use is None or M > 32 or M == 0:
         return reference_linear(x, w, bias)
+    memory, strides, codes = stored(w)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     x_rows, y_rows = x.reshape(M, K), y.view(M, N)
     BLOCK_M = 16 if M <= 16 else 32
     _linear_kernel[(triton.cdiv(N, use["BLOCK_N"]), 1, triton.cdiv(M, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         M,
@@ -89,9 +91,10 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         x_rows.stride(0),
         0,
         0,
-        w.stride(-2),
+        strides[-1],
         y_rows.stride(0),
         0,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -119,6 +122,7 @@ def _lm_head_kernel(
     w_row,
     y_row,
     y_head,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,8 +133,8 @@ def _lm_head_kernel(
     k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
@@ -140,15 +144,16 @@ def _lm_head_kernel(
 def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits over the vocabulary, rounded to the element type and widened."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    use = choose("linear", E=x.element_size())
+    use = choose(configuration("linear", w), E=x.element_size())
     if use is None or M > 32 or M == 0:
         return reference_lm_head(x, w, bias)
+    memory, strides, codes = stored(w)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     x_rows, y_rows = x.reshape(M, K), logits.view(M, N)
     BLOCK_M = 16 if M <= 16 else 32
     _lm_head_kernel[(triton.cdiv(N, use["BLOCK_N"]), 1, triton.cdiv(M, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         M,
@@ -157,9 +162,10 @@ def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         x_rows.stride(0),
         0,
         0,
-        w.stride(-2),
+        strides[-1],
         y_rows.stride(0),
         0,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -186,6 +192,7 @@ def _head_linear_kernel(
     w_row,
     y_row,
     y_head,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -196,8 +203,8 @@ def _head_linear_kernel(
     k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(acc, E)
     tl.store(y + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
 
@@ -205,25 +212,27 @@ def _head_linear_kernel(
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
     """Projection of every head by a separate weight."""
     M, N, K = x.shape[0], w.shape[-2], w.shape[-1]
-    use = choose("linear", E=x.element_size())
+    use = choose(configuration("linear", w), E=x.element_size())
     if use is None or M > 32 or M == 0:
         return reference_head_linear(x, w)
+    memory, strides, codes = stored(w)
     y = torch.empty(M, x.shape[1], N, dtype=x.dtype, device=x.device)
     x_rows, y_rows = x, y
     BLOCK_M = 16 if M <= 16 else 32
     _head_linear_kernel[(triton.cdiv(N, use["BLOCK_N"]), x.shape[1], triton.cdiv(M, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         y_rows,
         M,
         N,
         K,
         x_rows.stride(0),
         x.stride(1),
-        w.stride(0),
-        w.stride(-2),
+        strides[0],
+        strides[-1],
         y_rows.stride(0),
         y.stride(1),
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -248,6 +257,7 @@ def _linear_silu_mul_kernel(
     w_row,
     I: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -257,10 +267,10 @@ def _linear_silu_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_R < R, i_I < I
-    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_R * x_R + k[None, :]
     gate = I * w_row
-    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_I,
@@ -278,7 +288,7 @@ def _linear_silu_mul_kernel(
 def linear_silu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packed gate|up projection and its silu_mul, as the projection's epilogue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         gu = linear(x, w, bias)
         return silu_mul(gu)
@@ -289,18 +299,20 @@ def linear_silu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _linear_silu_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         y_rows.stride(0),
         x_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         I=I,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -325,6 +337,7 @@ def _linear_gelu_mul_kernel(
     w_row,
     I: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -334,10 +347,10 @@ def _linear_gelu_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_R < R, i_I < I
-    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_R * x_R + k[None, :]
     gate = I * w_row
-    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_I,
@@ -355,7 +368,7 @@ def _linear_gelu_mul_kernel(
 def linear_gelu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packed gate|up projection and its gelu_mul, as the projection's epilogue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         gu = linear(x, w, bias)
         return gelu_mul(gu)
@@ -366,18 +379,20 @@ def linear_gelu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _linear_gelu_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         y_rows.stride(0),
         x_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         I=I,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -402,6 +417,7 @@ def _linear_gelu_tanh_mul_kernel(
     w_row,
     I: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -411,10 +427,10 @@ def _linear_gelu_tanh_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_R < R, i_I < I
-    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_R * x_R + k[None, :]
     gate = I * w_row
-    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc, acc_1 = gated_product(x_ptrs, w_ptrs, gate, is_row, in_I, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     tl.store(
@@ -433,7 +449,7 @@ def _linear_gelu_tanh_mul_kernel(
 def linear_gelu_tanh_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packed gate|up projection and its gelu_tanh_mul, as the projection's epilogue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         gu = linear(x, w, bias)
         return gelu_tanh_mul(gu)
@@ -444,18 +460,20 @@ def linear_gelu_tanh_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Te
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _linear_gelu_tanh_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         y_rows.stride(0),
         x_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         I=I,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -480,6 +498,7 @@ def _linear_gelu_kernel(
     w_row,
     N: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -489,9 +508,9 @@ def _linear_gelu_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_R * x_R + k[None, :]
-    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     v = h
     tl.store(
@@ -502,7 +521,7 @@ def _linear_gelu_kernel(
 def linear_gelu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection and gelu as its epilogue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         h = linear(x, w, bias)
         return gelu(h)
@@ -513,18 +532,20 @@ def linear_gelu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _linear_gelu_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         y_rows.stride(0),
         x_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         N=N,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -549,6 +570,7 @@ def _linear_gelu_tanh_kernel(
     w_row,
     N: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -558,9 +580,9 @@ def _linear_gelu_tanh_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_R * x_R + k[None, :]
-    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     v = h
     inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
@@ -570,7 +592,7 @@ def _linear_gelu_tanh_kernel(
 def linear_gelu_tanh(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection and gelu_tanh as its epilogue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         h = linear(x, w, bias)
         return gelu_tanh(h)
@@ -581,18 +603,20 @@ def linear_gelu_tanh(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _linear_gelu_tanh_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         bias,
         y_rows,
         y_rows.stride(0),
         x_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         N=N,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -619,6 +643,7 @@ def _linear_add_kernel(
     w_row,
     N: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -628,9 +653,9 @@ def _linear_add_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_R * x_R + k[None, :]
-    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product(x_ptrs, w_ptrs, is_row, in_N, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     h = device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
         y + i_R * y_R + i_N,
@@ -642,7 +667,7 @@ def _linear_add_kernel(
 def linear_add(x: Tensor, w: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection and residual add as its epilogue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         h = linear(x, w, bias)
         return add(residual, h)
@@ -654,10 +679,11 @@ def linear_add(x: Tensor, w: Tensor, residual: Tensor, bias: Tensor | None = Non
     x_rows = x.reshape(R, *x.shape[-1:])
     residual_rows = residual.reshape(R, *residual.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _linear_add_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x_rows,
-        w,
+        memory,
         residual_rows,
         bias,
         y_rows,
@@ -665,9 +691,10 @@ def linear_add(x: Tensor, w: Tensor, residual: Tensor, bias: Tensor | None = Non
         y_rows.stride(0),
         x_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         N=N,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -693,6 +720,7 @@ def _lm_head_scale_kernel(
     w_row,
     V: tl.constexpr,
     H: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -702,9 +730,9 @@ def _lm_head_scale_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_S, i_V, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_V = i_S < S, i_V < V
-    w_ptrs = w + i_V.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_V.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_S * x_S + k[None, :]
-    acc = product(x_ptrs, w_ptrs, is_row, in_V, H, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product(x_ptrs, w_ptrs, is_row, in_V, H, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(logits + i_S * logits_S + i_V, raw * factor, mask=is_row & in_V)
 
@@ -712,7 +740,7 @@ def _lm_head_scale_kernel(
 def lm_head_scale(x: Tensor, w: Tensor, bias: Tensor | None = None, *, factor: float) -> Tensor:
     """Logits with a multiplier, as in Granite and Cohere."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         raw = lm_head(x, w, bias)
         return scale(raw, factor=factor)
@@ -721,19 +749,21 @@ def lm_head_scale(x: Tensor, w: Tensor, bias: Tensor | None = None, *, factor: f
     V = w.shape[0]
     x, w, bias = dense(x, w, bias)
     logits = torch.empty(S, V, dtype=torch.float32, device=x.device)
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _lm_head_scale_kernel[(triton.cdiv(V, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x,
-        w,
+        memory,
         bias,
         logits,
         factor,
         logits.stride(0),
         x.stride(0),
         S,
-        w.stride(0),
+        strides[-1],
         V=V,
         H=H,
+        CODES=codes,
         EVEN=H % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -759,6 +789,7 @@ def _lm_head_soft_cap_kernel(
     w_row,
     V: tl.constexpr,
     H: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -768,9 +799,9 @@ def _lm_head_soft_cap_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_S, i_V, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_V = i_S < S, i_V < V
-    w_ptrs = w + i_V.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_V.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     x_ptrs = x + i_S * x_S + k[None, :]
-    acc = product(x_ptrs, w_ptrs, is_row, in_V, H, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product(x_ptrs, w_ptrs, is_row, in_V, H, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     raw = device.rounded(acc + tl.load(bias + i_V, mask=in_V, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(logits + i_S * logits_S + i_V, device.tanh(raw / cap) * cap, mask=is_row & in_V)
 
@@ -778,7 +809,7 @@ def _lm_head_soft_cap_kernel(
 def lm_head_soft_cap(x: Tensor, w: Tensor, bias: Tensor | None = None, *, cap: float) -> Tensor:
     """Logits with a soft cap, as in Gemma 2."""
     num_rows = x.shape[:-1].numel()
-    use = choose("linear", E=w.element_size())
+    use = choose(configuration("linear", w), E=w.element_size())
     if use is None or num_rows > 32 or num_rows == 0:
         raw = lm_head(x, w, bias)
         return soft_cap(raw, cap=cap)
@@ -787,19 +818,21 @@ def lm_head_soft_cap(x: Tensor, w: Tensor, bias: Tensor | None = None, *, cap: f
     V = w.shape[0]
     x, w, bias = dense(x, w, bias)
     logits = torch.empty(S, V, dtype=torch.float32, device=x.device)
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _lm_head_soft_cap_kernel[(triton.cdiv(V, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
         x,
-        w,
+        memory,
         bias,
         logits,
         cap,
         logits.stride(0),
         x.stride(0),
         S,
-        w.stride(0),
+        strides[-1],
         V=V,
         H=H,
+        CODES=codes,
         EVEN=H % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -830,6 +863,7 @@ def _lm_head_sample_kernel(
     w_row,
     y_row,
     y_head,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -840,8 +874,8 @@ def _lm_head_sample_kernel(
     k, head = tl.arange(0, BLOCK_K), tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
     x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
-    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
+    acc = product(x_ptrs, w_ptrs, is_row, is_column, K, CODES, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
@@ -880,16 +914,17 @@ def lm_head_sample(
 ) -> tuple[Tensor, Tensor]:
     """Logits and the next token of every sequence, with the argmax in the epilogue of the projection."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    use = choose("linear", E=x.element_size())
+    use = choose(configuration("linear", w), E=x.element_size())
     if use is None or M > 32 or M == 0:
         return reference_lm_head_sample(x, w, bias, temperature, top_k, top_p, min_p, noise)
     num_blocks = triton.cdiv(N, use["BLOCK_N"])
+    memory, strides, codes = stored(w)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     block_max = torch.empty(M, num_blocks, dtype=torch.float32, device=x.device)
     block_argmax = torch.empty(M, num_blocks, dtype=torch.int32, device=x.device)
     _lm_head_sample_kernel[(num_blocks, 1, 1)](
         x,
-        w,
+        memory,
         bias,
         logits,
         block_max,
@@ -901,9 +936,10 @@ def lm_head_sample(
         x.stride(0),
         0,
         0,
-        w.stride(-2),
+        strides[-1],
         logits.stride(0),
         0,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=use["BLOCK_N"],

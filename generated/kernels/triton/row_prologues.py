@@ -10,6 +10,7 @@ from torch import Tensor
 from . import device
 from .linear import linear, linear_silu_mul
 from .norm import fused_add_rms_norm, rms_norm
+from .products import configuration, stored, weight_tile
 from .targets import choose
 from .tiles import dense
 
@@ -35,6 +36,7 @@ def _rms_norm_linear_kernel(
     w_row,
     N: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -44,7 +46,7 @@ def _rms_norm_linear_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_R, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_R < R, i_N < N
-    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     ms_acc = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
     for start in range(0, K, BLOCK_K):
         i_K = start + tl.arange(0, BLOCK_K)[None, :]
@@ -63,9 +65,9 @@ def _rms_norm_linear_kernel(
             device.rounded(n_value * tl.load(norm_w + i_K, mask=in_K, other=0).to(tl.float32), E)
             if norm_w is not None
             else n_value
-        ).to(w.dtype.element_ty)
-        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        ).to(x.dtype.element_ty)
+        is_weight = in_N & is_k[:, None]
+        acc = tl.dot(rows, weight_tile(w_ptrs, start, k, is_weight, rows.dtype, CODES), acc, input_precision="ieee")
     tl.store(
         y + i_R * y_R + i_N,
         device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E),
@@ -78,7 +80,7 @@ def rms_norm_linear(
 ) -> Tensor:
     """rms_norm and the projection after it, with the norm as the projection's row prologue."""
     num_rows = x.shape[:-1].numel()
-    use = choose("row_prologue", E=w.element_size(), M=num_rows)
+    use = choose(configuration("row_prologue", w), E=w.element_size(), M=num_rows)
     if use is None or num_rows > 32 or num_rows == 0:
         normed = rms_norm(x, norm_w, eps=eps)
         return linear(normed, w, bias)
@@ -89,9 +91,10 @@ def rms_norm_linear(
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _rms_norm_linear_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
-        w,
+        memory,
         x_rows,
         norm_w,
         bias,
@@ -100,9 +103,10 @@ def rms_norm_linear(
         x_rows.stride(0),
         y_rows.stride(0),
         R,
-        w.stride(0),
+        strides[-1],
         N=N,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -133,6 +137,7 @@ def _add_rms_norm_linear_kernel(
     w_row,
     N: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,7 +147,7 @@ def _add_rms_norm_linear_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_T, i_N, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_N = i_T < T, i_N < N
-    w_ptrs = w + i_N.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_N.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     is_first = (tl.program_id(0) + m * 0)[:, None] == 0
     ms_acc = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -173,9 +178,9 @@ def _add_rms_norm_linear_kernel(
             device.rounded(n_value * tl.load(norm_w + i_K, mask=in_K, other=0).to(tl.float32), E)
             if norm_w is not None
             else n_value
-        ).to(w.dtype.element_ty)
-        weights = tl.load(w_ptrs + start, mask=in_N & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+        ).to(x.dtype.element_ty)
+        is_weight = in_N & is_k[:, None]
+        acc = tl.dot(rows, weight_tile(w_ptrs, start, k, is_weight, rows.dtype, CODES), acc, input_precision="ieee")
     tl.store(
         y + i_T * y_T + i_N,
         device.rounded(acc + tl.load(bias + i_N, mask=in_N, other=0).to(tl.float32) if bias is not None else acc, E),
@@ -194,7 +199,7 @@ def add_rms_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Residual add, rms_norm and projection; the sum is a result too."""
     num_rows = x.shape[:-1].numel()
-    use = choose("row_prologue", E=w.element_size(), M=num_rows)
+    use = choose(configuration("row_prologue", w), E=w.element_size(), M=num_rows)
     if use is None or num_rows > 32 or num_rows == 0:
         normed, h = fused_add_rms_norm(x, residual, norm_w, eps=eps)
         y = linear(normed, w, bias)
@@ -205,9 +210,10 @@ def add_rms_norm_linear(
     x, residual, w, norm_w, bias = dense(x, residual, w, norm_w, bias)
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     h = torch.empty(T, K, dtype=x.dtype, device=x.device)
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _add_rms_norm_linear_kernel[(triton.cdiv(N, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
-        w,
+        memory,
         x,
         residual,
         norm_w,
@@ -220,9 +226,10 @@ def add_rms_norm_linear(
         y.stride(0),
         h.stride(0),
         T,
-        w.stride(0),
+        strides[-1],
         N=N,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],
@@ -253,6 +260,7 @@ def _add_rms_norm_linear_silu_mul_kernel(
     w_row,
     I: tl.constexpr,
     K: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -262,7 +270,7 @@ def _add_rms_norm_linear_silu_mul_kernel(
     m, n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_T, i_I, k = m[:, None].to(tl.int64), n[None, :], tl.arange(0, BLOCK_K)
     is_row, in_I = i_T < T, i_I < I
-    w_ptrs = w + i_I.to(tl.int64) * w_row + k[:, None]
+    w_ptrs = w + i_I.to(tl.int64) * w_row + (k[:, None] if CODES is None else 0)
     is_first = (tl.program_id(0) + m * 0)[:, None] == 0
     ms_acc = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -294,10 +302,10 @@ def _add_rms_norm_linear_silu_mul_kernel(
             device.rounded(n_value * tl.load(norm_w + i_K, mask=in_K, other=0).to(tl.float32), E)
             if norm_w is not None
             else n_value
-        ).to(w.dtype.element_ty)
-        weights = tl.load(w_ptrs + start, mask=in_I & is_k[:, None], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision="ieee")
-        weights = tl.load(w_ptrs + I * w_row + start, mask=in_I & is_k[:, None], other=0.0)
+        ).to(x.dtype.element_ty)
+        is_weight = in_I & is_k[:, None]
+        acc = tl.dot(rows, weight_tile(w_ptrs, start, k, is_weight, rows.dtype, CODES), acc, input_precision="ieee")
+        weights = weight_tile(w_ptrs + I * w_row, start, k, is_weight, rows.dtype, CODES)
         acc_1 = tl.dot(rows, weights, acc_1, input_precision="ieee")
     g = device.rounded(acc + tl.load(bias + i_I, mask=in_I, other=0).to(tl.float32) if bias is not None else acc, E)
     tl.store(
@@ -324,7 +332,7 @@ def add_rms_norm_linear_silu_mul(
 ) -> tuple[Tensor, Tensor]:
     """Residual add, rms_norm, packed gate|up projection and silu_mul; the sum is a result too."""
     num_rows = x.shape[:-1].numel()
-    use = choose("row_prologue", E=w.element_size(), M=num_rows)
+    use = choose(configuration("row_prologue", w), E=w.element_size(), M=num_rows)
     if use is None or num_rows > 32 or num_rows == 0:
         normed, h = fused_add_rms_norm(x, residual, norm_w, eps=eps)
         y = linear_silu_mul(normed, w, bias)
@@ -335,9 +343,10 @@ def add_rms_norm_linear_silu_mul(
     x, residual, w, norm_w, bias = dense(x, residual, w, norm_w, bias)
     y = torch.empty(T, I, dtype=x.dtype, device=x.device)
     h = torch.empty(T, K, dtype=x.dtype, device=x.device)
+    memory, strides, codes = stored(w)
     BLOCK_M = 16 if num_rows <= 16 else 32
     _add_rms_norm_linear_silu_mul_kernel[(triton.cdiv(I, use["BLOCK_N"]), triton.cdiv(num_rows, BLOCK_M))](
-        w,
+        memory,
         x,
         residual,
         norm_w,
@@ -350,9 +359,10 @@ def add_rms_norm_linear_silu_mul(
         y.stride(0),
         h.stride(0),
         T,
-        w.stride(0),
+        strides[-1],
         I=I,
         K=K,
+        CODES=codes,
         EVEN=K % use["BLOCK_K"] == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_N=use["BLOCK_N"],

@@ -133,10 +133,18 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
             ),
+            "linear_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
+            ),
             "row_prologue": (
                 Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
+            "row_prologue_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
             ),
             "expert_linear": (
                 Configuration(
@@ -146,6 +154,19 @@ TARGETS: dict[str, Target] = {
                     {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
                 ),
                 Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
+            ),
+            "expert_linear_codes": (
+                Configuration(
+                    {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration(
+                    {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
                 ),
@@ -242,10 +263,18 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
             ),
+            "linear_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
+            ),
             "row_prologue": (
                 Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
+            "row_prologue_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
             ),
             "expert_linear": (
                 Configuration(
@@ -255,6 +284,19 @@ TARGETS: dict[str, Target] = {
                     {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
                 ),
                 Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
+            ),
+            "expert_linear_codes": (
+                Configuration(
+                    {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration(
+                    {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
                 ),
@@ -360,10 +402,18 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
             ),
+            "linear_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
+            ),
             "row_prologue": (
                 Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
+            "row_prologue_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
             ),
             "expert_linear": (
                 Configuration(
@@ -373,6 +423,19 @@ TARGETS: dict[str, Target] = {
                     {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
                 ),
                 Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
+            ),
+            "expert_linear_codes": (
+                Configuration(
+                    {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration(
+                    {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
                 ),
@@ -483,10 +546,18 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
             ),
+            "linear_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
+            ),
             "row_prologue": (
                 Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+            ),
+            "row_prologue_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
             ),
             "expert_linear": (
                 Configuration(
@@ -496,6 +567,19 @@ TARGETS: dict[str, Target] = {
                     {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
                 ),
                 Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
+            ),
+            "expert_linear_codes": (
+                Configuration(
+                    {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration(
+                    {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration(
                     {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
                 ),
@@ -590,12 +674,33 @@ TARGETS: dict[str, Target] = {
                 Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
             ),
+            "linear_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 4, "STAGES": 3}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}),
+            ),
             "row_prologue": (
                 Configuration({"E": 2, "M": 16}, {"BLOCK_N": 16, "BLOCK_K": 256, "WARPS": 4, "STAGES": 3}),
                 Configuration({"E": 2}, {"BLOCK_N": 32, "BLOCK_K": 256, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
             ),
+            "row_prologue_codes": (
+                Configuration({"E": 2}, {"BLOCK_N": 16, "BLOCK_K": 128, "WARPS": 8, "STAGES": 2}),
+                Configuration({"E": 4}, {"BLOCK_N": 16, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
+            ),
             "expert_linear": (
+                Configuration(
+                    {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration(
+                    {"E": 2, "P": 96}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 2}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "WARPS": 8, "STAGES": 2}),
+                Configuration(
+                    {"E": 4, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 3}
+                ),
+                Configuration({"E": 4}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "WARPS": 4, "STAGES": 2}),
+            ),
+            "expert_linear_codes": (
                 Configuration(
                     {"E": 2, "P": 32}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "WARPS": 4, "STAGES": 3}
                 ),

@@ -7,6 +7,7 @@ other than the one in memory is made for the plan that requires it.
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
@@ -72,12 +73,15 @@ def pack_weights(
 
 
 def decode_weights(
-    weights: MutableMapping[str, Weight], ties: Mapping[str, str], kernels: Mapping[str, Kernel]
+    weights: MutableMapping[str, Weight],
+    ties: Mapping[str, str],
+    kernels: Mapping[str, Kernel],
+    device: torch.device | None = None,
 ) -> None:
-    """Replaces codes by float weights for the reference kernels `kernels`, one at a time."""
+    """Replaces codes by float weights for the reference kernels `kernels`, on the CPU or a device, one at a time."""
     for name, held in list(weights.items()):
         if name not in ties and isinstance(held, CodedWeight):
-            found = for_references(held, kernels)
+            found = for_references(held, kernels).to(device)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), found))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from compare import DEVICE, DTYPES, Finding, call, compared, special
+from compare import DEVICE, DTYPES, Finding, by_greatest, call, compared, special, wide_results
 from torch import Tensor
 
 from sageLLM.generated import ops
@@ -27,6 +27,8 @@ from sageLLM.generated.tests.cases import CASES
 from sageLLM.generated.tests.op_checks import make_operands
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.executor.planner import TorchPlanner
+from sageLLM.runtime.kernels.coded_tensor import CodedTensor, coded_tensor
+from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight, words_of
 
 OF_TEMPLATES = {"linear", "lm_head", "lm_head_sample", "head_linear", "router_logits", "topk_router"}
 OF_TEMPLATES |= {"expert_linear", "expert_down"}
@@ -41,6 +43,7 @@ def findings(everything: bool = True) -> Iterator[Finding]:
     yield from latent_findings(everything)
     yield from fallback_findings()
     yield from gemm_findings(everything)
+    yield from coded_findings(everything)
     yield from router_findings(everything)
     yield from sample_findings()
     yield from head_and_sample_findings(everything)
@@ -267,6 +270,65 @@ def gemm_findings(everything: bool) -> Iterator[Finding]:
             operands = [numbers(M, K), *residual, numbers(38, K) * K**-0.5, norm_w, bias]
             found = compared(op, f"M={M}", dtype, operands, {"eps": 0.3}, is_sum=True)
             yield replace(found, error=found.error / 2)  # the sum, the norm and gates are rounded
+
+
+def coded_findings(everything: bool) -> Iterator[Finding]:
+    """Weights of codes of every form in every kernel that reads them, against floats of the same values."""
+    kernels = {"linear", "linear_silu_mul", "add_rms_norm_linear", "lm_head_sample", "expert_linear", "head_linear"}
+    calls = list(product(CODES, sorted(kernels), ("f32", "bf16")))
+    some = [one for number, one in enumerate(random.sample(calls, len(calls))) if number % 5 == 0]
+    for (form, group, has_zeros, has_minima), op, dtype in calls if everything else some:
+        inner, kind = 3 * (group or 32), DTYPES[dtype]
+        w = coded_tensor(coded_weight(form, WEIGHTS.get(op, (38, inner)), group, kind, has_zeros, has_minima), DEVICE)
+        inner = w.shape[-1]
+        x = torch.randn(5, 3, inner) if op == "head_linear" else torch.randn(5, inner)
+        more = [torch.randn(5, inner)] if op == "add_rms_norm_linear" else []
+        more = [torch.tensor([[0, 3], [2, 1], [4, 0], [1, 1], [3, 2]]).int()] if op == "expert_linear" else more
+        operands = [x.to(kind), *(one.to(kind) if one.is_floating_point() else one for one in more)]
+        yield coded(op, f"{form} by {group} {has_zeros} {has_minima}", dtype, operands, w)
+
+
+CODES = [
+    ("int8", 0, False, False),
+    ("int8", 32, True, False),
+    ("int6", 16, False, False),
+    ("int4", 32, True, False),
+    ("int4", 64, False, False),
+    ("int4", 32, False, True),
+    ("fp4", 32, False, False),
+    ("fp8", 64, False, False),
+]
+"""The form, the inputs of a group (0 for all), whether there are zeros, or minima."""
+WEIGHTS = {"expert_linear": (4, 38, 96), "head_linear": (3, 38, 96)}
+
+
+def coded_weight(
+    form: str, shape: tuple[int, ...], group: int, kind: torch.dtype, has_zeros: bool, has_minima: bool
+) -> CodedWeight:
+    """Random codes and scales; scales of minima have factors."""
+    *rows, inner = shape
+    group = group or inner
+    scales = (*rows, -(-inner // group))
+    codes = torch.randint(0, 2 ** FORMS[form].bits, shape, dtype=torch.uint8)
+    if form == "fp8":
+        codes = torch.randn(shape).to(torch.float8_e4m3fn).view(torch.uint8)
+    made: dict[str, Tensor] = {"scales": (torch.rand(scales) * inner**-0.5).to(torch.float16)}
+    if has_zeros:
+        made["zeros"] = torch.randint(-5, 6, scales, dtype=torch.int8)
+    if has_minima:
+        made = {name: torch.randint(1, 64, scales, dtype=torch.int8) for name in ("scales", "zeros")}
+        made |= {name: torch.rand(*rows, 1).half() * inner**-0.5 for name in ("factors", "minima")}
+    words = words_of(codes, FORMS[form])
+    return CodedWeight(form, torch.Size(shape), group, words, dtype=kind, **made)
+
+
+def coded(op: str, kind: str, dtype: str, operands: list[Any], w: CodedTensor) -> Finding:
+    """The kernel on codes against the reference on their values, in float64."""
+    attrs = {"eps": 0.3} if "norm" in op else {}
+    found = call(KERNELS[op], [*(one.to(DEVICE) for one in operands), w], attrs)
+    wanted = wide_results(op, [*operands, w.decoded().cpu()], attrs)
+    error = max(by_greatest(one.cpu(), other.double(), dtype) for one, other in zip(found, wanted, strict=True))
+    return Finding(op, f"codes {kind}", dtype, error / 2, "")
 
 
 def router_findings(everything: bool) -> Iterator[Finding]:

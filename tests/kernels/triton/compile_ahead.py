@@ -35,6 +35,7 @@ from sageLLM.generated.kernels.triton.targets import COVERED, why_reference
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TypePattern
+from sageLLM.runtime.kernels.coded_tensor import CodedTensor, CodeLayout
 
 TREE = Path(os.environ.get("SAGELLM_TREE", "sageLLM/generated"))
 sys.path += [str(TREE.parent)] if TREE.is_absolute() else []
@@ -71,6 +72,15 @@ HEAD_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
 GROUPS = (1, 3, 4, 5, 7, 8, 16, 128)
 EXPERT_ROWS = (1, 64, 512, 4096)
 """Rows of experts without a routing table, and with 8, 64 and 512 rows for each expert: tiles of every size."""
+CODES = {
+    "int8 by output": CodeLayout(8, 128, False, 2**20, "f32", -1, -1, -1, 16, -1),
+    "int4 by 128 with zeros": CodeLayout(4, 8, False, 128, "bf16", -1, 64, -1, 96, -1),
+    "int4 by 32 with minima": CodeLayout(4, 0, False, 32, "f32", 512, -1, -1, 1024, -1),
+    "int6 by 16": CodeLayout(6, 32, False, 16, "f32", -1, -1, -1, 1024, 3072),
+    "fp4 by 32": CodeLayout(4, 0, False, 32, "bf16", -1, -1, 256, 320, -1),
+    "fp8 by 128": CodeLayout(8, 0, True, 128, "f32", -1, -1, -1, 128, -1),
+}
+"""Forms of the weights of checkpoints and GGUF files, for rows of 4096 inputs."""
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 TORCH = {"f64": torch.float64, "i8": torch.int8, "bool": torch.bool, "i32": torch.int32, "i64": torch.int64}
 
@@ -113,6 +123,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     part: str = ""
     skipped: tuple[str, ...] = ()  # ends of the names of kernels that are not compiled
+    codes: str = ""  # the weight's codes, of CODES
 
 
 def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
@@ -136,10 +147,20 @@ def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
     for name, dtype in product(rows, DTYPES):
         for count in rows[name] if name in ops else ():
             yield Case(f"{name} {count} rows {dtype}", name, SIZES | dict.fromkeys("RST", count), DTYPES[dtype])
+    coded = {"linear": (1, 32), "linear_silu_mul": (32,), "lm_head_sample": (32,), "expert_linear": (1, 4096)}
+    coded |= {"add_rms_norm_linear_silu_mul": (32,)}
+    for name, codes in product(coded, CODES):
+        for count in coded[name] if name in ops else ():
+            label = f"codes of {codes}, {name} {count} rows bf16"
+            yield Case(label, name, SIZES | dict.fromkeys("RST", count), codes=codes)
 
 
 def compile_op(
-    name: str, sizes: Mapping[str, int], dtype: torch.dtype = torch.bfloat16, skipped: tuple[str, ...] = ()
+    name: str,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype = torch.bfloat16,
+    skipped: tuple[str, ...] = (),
+    codes: str = "",
 ) -> dict[str, Any]:
     """The kernels that one call of the op's launcher would run, by name, without those of `skipped`."""
     found: dict[str, Any] = {}
@@ -153,19 +174,23 @@ def compile_op(
 
     JITFunction.run = record
     try:
-        KERNELS[name](*operands(name, sizes, dtype), **attrs(name, sizes))
+        KERNELS[name](*operands(name, sizes, dtype, codes), **attrs(name, sizes))
     finally:
         JITFunction.run = original
     return found
 
 
-def operands(name: str, sizes: Mapping[str, int], dtype: torch.dtype) -> list[torch.Tensor | None]:
+def operands(name: str, sizes: Mapping[str, int], dtype: torch.dtype, codes: str = "") -> list[torch.Tensor | None]:
     """Tensors without data; of the optional operands only weights and biases."""
     op = OPS[name]
     absent = op.optional_inputs - {"w", "bias"}
     made = {key: None if key in absent else operand(pattern, sizes, dtype) for key, pattern in op.input_types.items()}
     if "k_cache" in made and sizes["D"] == 576:
         made["v_cache"] = made["k_cache"][..., : sizes["Dv"]]
+    if codes:
+        weight = TABLES.CODED[name]
+        rows = torch.empty(*made[weight].shape[:-1], 8192, dtype=torch.uint8, device="meta")
+        made[weight] = CodedTensor(made[weight].shape, dtype, rows, CODES[codes], codes)
     return [*made.values()]
 
 
@@ -242,7 +267,7 @@ def case_needs(target: str, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
     if reason := why_reference_of(case, target):
         yield case.label, {"reference": reason}
         return
-    for name, kernel in compile_op(case.op, case.sizes, case.dtype, case.skipped).items():
+    for name, kernel in compile_op(case.op, case.sizes, case.dtype, case.skipped, case.codes).items():
         own = name.removeprefix(f"_{case.op}_")
         yield f"{case.label}{case.part} {own}", needs(name, kernel, TARGETS[target])
 

@@ -29,6 +29,9 @@ from triton.runtime.interpreter import GridExecutor
 from sageLLM import LLM, SamplingParams
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.runtime.kernels.triton_interpreter import patch_interpreter
+from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
+from sageLLM.runtime.quantize.scheme import Scheme
+from sageLLM.runtime.registry.plugins import load_registry
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples/tiny_python_model"
@@ -42,6 +45,7 @@ def findings(everything: bool) -> Iterator[Finding]:
         yield finding
     yield from (Finding(op, "", "", 0.0, "was not run") for op in KERNELS if op not in run)
     yield from engine_findings(3 if everything else 2)
+    yield coded_engine_finding(2)
     yield routing_finding()
     yield benchmark_finding(everything)
 
@@ -60,6 +64,22 @@ def engine_findings(num_tokens: int) -> Iterator[Finding]:
     step = launched[ends[-2] + 1 : ends[-1] + 1]
     allowed = LAUNCHES_PER_LAYER * llm.model.config.L + LAUNCHES_PER_STEP
     yield Finding("engine", "launches", "bf16", 0.0, "" if len(step) <= allowed else f"{len(step)} launches: {step}")
+
+
+def coded_engine_finding(num_tokens: int) -> Finding:
+    """A checkpoint of 4 bits: its weights stay codes, and its tokens are those of the references on floats."""
+    tokens, kernels = [], ("reference", "triton")
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name, "quantized")
+        registry = load_registry()
+        quantize_checkpoint(MODEL, out, Scheme.parse("int4-g32", registry.methods), registry)
+        engines = [LLM(model=out, kernels=choice) for choice in kernels]
+        for llm in engines:
+            [request] = llm.generate(["import os\nimport "], SamplingParams(max_tokens=num_tokens, temperature=0.0))
+            tokens.append(request.outputs[0].token_ids)
+        forms = {one.form for one in engines[1].weight_stats()}
+    wrong = "" if tokens[0] == tokens[1] else "other tokens"
+    return Finding("engine", f"codes {tokens}", "bf16", 0.0, wrong if "int4 in groups of 32" in forms else str(forms))
 
 
 def routing_finding() -> Finding:

@@ -194,6 +194,9 @@ def check_opcodes(report: dict[str, Report], target: str) -> None:
     group is no power of two.
     """
     used = {name: " ".join(needs["opcodes"]) for name, needs in compiled_of(report, target).items()}
+    coded = {name: found for name, found in used.items() if re.match("codes of .* kernel$", name)}
+    units = r"\b(HMMA|HGMMA|UTCHMMA|MFMA)\b"
+    assert {name: found for name, found in coded.items() if not re.search(units, found)} == {}
     used = {name: found for name, found in used.items() if re.match(f"{PRODUCTS}[ _](.* )?(kernel|split)$", name)}
     expected = {name: matrix_unit(name, target) for name in used if " f32 " not in name}
     assert expected
