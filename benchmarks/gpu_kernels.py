@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.runtime.kernels.coded_tensor import coded_tensor
+from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight
 
 BLOCK = 16
 """Tokens per KV block, as the engine's default."""
@@ -81,6 +83,40 @@ def linear(table: Table) -> None:
         for block_n, block_k, stages in tiles:
             variant = {"BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages}
             linear_row(table, num_rows, features, inputs, variant)
+    coded_linear(table)
+
+
+def coded_linear(table: Table) -> None:
+    """Weights of codes, at the goal of a GEMM of few rows: their bytes at the rate of a copy; cuBLAS reads bf16."""
+    shapes, rows = ([(48, 64)], [2]) if table.is_dry else ([(4096, 4096), (28672, 4096)], [1, 16, 32])
+    tiles = [(16, 64, 3)] if table.is_dry else [(16, 256, 3), (32, 128, 3), (64, 64, 4)]
+    for (form, group), (features, inputs), num_rows in product((("int4", 32), ("int8", 64), ("fp8", 64)), shapes, rows):
+        group = group if table.is_dry else 128
+        variants = [{}, *({"BLOCK_N": n, "BLOCK_K": k, "STAGES": stages} for n, k, stages in tiles)]
+        for variant in variants:
+            coded_row(table, num_rows, features, inputs, form, group, variant)
+
+
+def coded_row(
+    table: Table, num_rows: int, features: int, inputs: int, form: str, group: int, variant: dict[str, int]
+) -> None:
+    def operands() -> list[Tensor]:
+        counts = (features, inputs // group)
+        words = torch.randint(-(2**31), 2**31, (features, inputs // 32 * FORMS[form].words), dtype=torch.int64)
+        if form == "fp8":
+            words &= 0x3F3F3F3F  # no NaN
+        scales = torch.rand(counts, dtype=torch.float32).bfloat16()
+        weight = CodedWeight(form, torch.Size((features, inputs)), group, words.int(), scales)
+        return [random(table, num_rows, inputs), coded_tensor(weight, table.device)]
+
+    def floats() -> list[Tensor]:
+        return [random(table, num_rows, inputs), random(table, features, inputs)]
+
+    num_bytes = features * (inputs * FORMS[form].bits // 8 + 2 * inputs // group)
+    peers = {} if variant else {"cuBLAS in bf16": rotated(floats, functional.linear)}
+    chosen, goal = (Variant("linear_codes", variant), "") if variant else (None, "linear")
+    name = f"{form} by {group}, {num_rows} x {inputs} -> {features}"
+    table.timed(name, rotated(operands, KERNELS["linear"]), num_bytes, 0, goal, chosen, **peers)
 
 
 def linear_row(table: Table, num_rows: int, features: int, inputs: int, variant: dict[str, int]) -> None:

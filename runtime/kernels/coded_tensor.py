@@ -123,7 +123,9 @@ def coded_tensor(weight: CodedWeight, device: torch.device) -> CodedTensor:
         parts["zeros"] = zeros
     is_fp8 = form.bits == 8 and form.values is not None
     if form.values is not None and not is_fp8:
-        parts["table"] = torch.tensor(form.values, dtype=torch.float32).expand(*codes.shape[:-1], TABLE_SIZE)
+        parts["table"] = torch.tensor(form.values, dtype=torch.float32, device=codes.device).expand(
+            *codes.shape[:-1], TABLE_SIZE
+        )
     parts["codes"] = codes if form.bits == 8 else _joined(codes & 15, 4)
     if form.bits == 6:
         parts["high"] = _joined(codes >> 4, 2)
@@ -164,7 +166,7 @@ def _joined(fields: Tensor, bits: int) -> Tensor:
     count = 8 // bits
     padded = pad(fields, (0, -fields.shape[-1] % count))
     runs = padded.view(*padded.shape[:-1], -1, count)
-    return (runs << bits * torch.arange(count, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (runs << bits * torch.arange(count, dtype=torch.uint8, device=runs.device)).sum(-1, dtype=torch.uint8)
 
 
 def _fields(joined: Tensor, bits: int, inner: int) -> Tensor:
