@@ -1,4 +1,8 @@
-"""Tests of `sagellm lint model` on configs of published checkpoints: their parameter counts follow from the layout."""
+"""Tests of `sagellm lint model` on configs of published checkpoints: their parameter counts follow from the layout.
+
+The files have the sizes of the published models in the keys of transformers' configs, written from model cards and the
+defaults of transformers: what is checked against a publication is the count of parameters.
+"""
 
 import json
 from pathlib import Path
