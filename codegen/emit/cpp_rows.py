@@ -1,5 +1,6 @@
 """Writes row programs as C++: loops over rows, sweeps along them, in terms of `runtime/kernels/cpu/sage.h`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from sageLLM.codegen.kernel.epilogue import FusedEpilogue
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.names import own_names, selection_names
 from sageLLM.codegen.kernel.prologue import Prologue, within_row
+from sageLLM.codegen.kernel.reduce_first import reduce_first
 from sageLLM.codegen.kernel.reduced import ReducedRows
 from sageLLM.codegen.kernel.rows import (
     Affine,
@@ -127,16 +129,29 @@ class CppKernel:
         return CppText(self.operands, self.optional, self.names, loop, found, selections=self.selections)
 
     def _nest(self, nest: Nest) -> list[str]:
-        inside = [line for step in nest.steps for line in self._step_with_cache_rows(step)]
         if not nest.rows:
-            return ["{", *indented(inside), "}"]
+            return ["{", *indented(self._row(nest.steps)), "}"]
         swept = dict.fromkeys(sweep.loop.extent for sweep in nest.sweeps)
         rows = [loop.extent for loop in nest.rows]
         elements = size_text(volume(rows) * (sum(swept, Size.of(0)) if swept else Size.of(1)))
         name = nest.rows[0].variable if len(rows) == 1 else self.own("row")
         positions = [f"const int64_t {', '.join(_positions(nest.rows, name))};"] if len(rows) > 1 else []
-        start = f"parallel_for_rows({size_text(volume(rows))}, {elements}, [&](int64_t {name}) {{"
-        return [start, *indented([*positions, *inside]), "});"]
+        arguments = f"{size_text(volume(rows))}, {elements}, [=](int64_t {name}"
+        parts = reduce_first(nest)
+        if parts is None:
+            return [f"parallel_for_rows({arguments}) {{", *indented([*positions, *self._row(nest.steps)]), "});"]
+        value = self._name(parts.value)
+        reduce, finish = self._row(parts.reduce), self._row(parts.finish)
+        return [
+            f"parallel_for_reduced_rows({arguments}) {{", *indented([*positions, *reduce, f"return {value};"]),
+            f"}}, [=](int64_t {name}, float {value}) {{", *indented([*positions, *finish]), "});"]  # fmt: skip
+
+    def _row(self, steps: Sequence[Step]) -> list[str]:
+        """The steps of one row, without positions that none of them uses."""
+        lines = [line for step in steps for line in self._step_with_cache_rows(step)]
+        unused = [step.variable for step in steps if isinstance(step, Index)
+                  and not re.search(rf"\b{step.variable}\b(?! =)", "\n".join(lines))]  # fmt: skip
+        return [line for line in lines if not line.startswith(tuple(f"const int64_t {one} = " for one in unused))]
 
     def _step_with_cache_rows(self, step: Step) -> list[str]:
         """The step, and before it the rows of the caches that it is the first one to store to."""

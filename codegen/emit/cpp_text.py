@@ -45,8 +45,8 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
 _HEADER = """abs active_lanes add args attend attrs bf16 broadcast call condition epilogue erf exp exp2 f16 f32
     filters floats floor floor_divide floor_remainder fma gemm gemm_by_part gemm_of_computed_rows gemm_parts
     grouped_gemm hooks ints keys load load_strided log logical_not longs mask maximum minimum multiply negate
-    parallel_for_rows part part_epilogue parts pow power relu round routes routing rsqrt sage scratch sigmoid
-    sizes sqrt store store_element store_strided subtract sums sweep tanh tensors to where widen wrap"""
+    parallel_for_reduced_rows parallel_for_rows part part_epilogue parts pow power relu round routes routing rsqrt sage
+    scratch sigmoid sizes sqrt store store_element store_strided subtract sums sweep tanh tensors to where widen wrap"""
 RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
 
 

@@ -38,5 +38,5 @@ def unpacks_of(op: OpDef) -> Unpacks | None:
     position = f"i_{rows}"
     row = f"{cpp_name(output.name)} + {position} * {stride_name(output, 0)}"
     line = f"unpack_row({row}, {cpp_name(table)}, {cpp_name(ids)}[{position}], {inner});"
-    start = f"parallel_for_rows({rows}, {rows} * {inner}, [&](int64_t {position}) {{"
+    start = f"parallel_for_rows({rows}, {rows} * {inner}, [=](int64_t {position}) {{"
     return Unpacks(table, (start, f"    {line}", "});"))

@@ -172,6 +172,18 @@ def run_inplace(
     return outputs
 
 
+def test_bf16_results_are_rounded_to_the_nearest_even_number() -> None:
+    """Sums of numbers of all exponents as in torch, bit for bit; a subnormal result may be 0."""
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**15), 2**15, (2, 200, 130), generator=generator).to(torch.int16)
+    a, b = bits.view(torch.bfloat16)
+    result, expected = native("add")(a, b), a + b
+    is_subnormal = (expected != 0) & (expected.abs() < torch.finfo(torch.bfloat16).tiny)
+    is_same = (result.view(torch.int16) == expected.view(torch.int16)) | (result.isnan() & expected.isnan())
+    assert bool((is_same | (is_subnormal & (result == 0))).all())
+    assert int((result == 0).sum()) < result.numel() // 100
+
+
 def test_greedy_tokens_are_the_first_of_the_most_probable() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [float("nan"), 9.0, 1.0, 1.0], [-1.0, -2.0, -float("inf"), -1.0]])
     assert native("sample")(logits).tolist() == [1, 0, 0] == reference.KERNELS["sample"](logits).tolist()

@@ -20,7 +20,7 @@ SAGE_KERNEL(silu_mul) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto g = load(gu + i_R * gu_R, i_I);
             store(y + i_R * y_R, i_I, to<E>(to<E>(g * sigmoid(g)) * load(gu + i_R * gu_R + I, i_I)));
@@ -40,7 +40,7 @@ SAGE_KERNEL(gelu_mul) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto g = load(gu + i_R * gu_R, i_I);
             store(y + i_R * y_R, i_I,
@@ -62,7 +62,7 @@ SAGE_KERNEL(gelu_tanh_mul) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto g = load(gu + i_R * gu_R, i_I);
             const auto inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
@@ -82,7 +82,7 @@ SAGE_KERNEL(relu_mul) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             store(y + i_R * y_R, i_I, to<E>(relu(load(gu + i_R * gu_R, i_I)) * load(gu + i_R * gu_R + I, i_I)));
         });
@@ -101,7 +101,7 @@ SAGE_KERNEL(relu_squared_mul) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto r = relu(load(gu + i_R * gu_R, i_I));
             store(y + i_R * y_R, i_I, to<E>(to<E>(r * r) * load(gu + i_R * gu_R + I, i_I)));
@@ -120,7 +120,7 @@ SAGE_KERNEL(sigmoid_mul) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             store(y + i_R * y_R, i_I,
                   to<E>(to<E>(sigmoid(load(gu + i_R * gu_R, i_I))) * load(gu + i_R * gu_R + I, i_I)));
@@ -143,7 +143,7 @@ SAGE_KERNEL(clamped_silu_mul) {
     const int64_t y_R = sizes[3];
     const float alpha = (float)attrs[0];
     const float limit = (float)attrs[1];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto g = minimum(load(gu + i_R * gu_R, i_I), limit);
             const auto u = maximum(minimum(load(gu + i_R * gu_R + I, i_I), limit), 0.0f - limit);
@@ -164,7 +164,7 @@ SAGE_KERNEL(gelu) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto v = load(x + i_R * x_R, i_I);
             store(y + i_R * y_R, i_I, to<E>(0.5f * v * (1.0f + erf(v * 0.7071067811865476f))));
@@ -185,7 +185,7 @@ SAGE_KERNEL(gelu_tanh) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto v = load(x + i_R * x_R, i_I);
             const auto inner = 0.7978845608028654f * (v + 0.044715f * v * v * v);
@@ -206,7 +206,7 @@ SAGE_KERNEL(quick_gelu) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto v = load(x + i_R * x_R, i_I);
             store(y + i_R * y_R, i_I, to<E>(v * sigmoid(1.702f * v)));
@@ -226,7 +226,7 @@ SAGE_KERNEL(silu) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto v = load(x + i_R * x_R, i_I);
             store(y + i_R * y_R, i_I, to<E>(v * sigmoid(v)));
@@ -245,7 +245,7 @@ SAGE_KERNEL(relu) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) { store(y + i_R * y_R, i_I, relu(load(x + i_R * x_R, i_I))); });
     });
 }
@@ -262,7 +262,7 @@ SAGE_KERNEL(relu_squared) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto r = relu(load(x + i_R * x_R, i_I));
             store(y + i_R * y_R, i_I, to<E>(r * r));
@@ -281,7 +281,7 @@ SAGE_KERNEL(sigmoid) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) { store(y + i_R * y_R, i_I, to<E>(sigmoid(load(x + i_R * x_R, i_I)))); });
     });
 }
@@ -297,7 +297,7 @@ SAGE_KERNEL(tanh) {
     const int64_t x_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) { store(y + i_R * y_R, i_I, to<E>(tanh(load(x + i_R * x_R, i_I)))); });
     });
 }
@@ -322,7 +322,7 @@ SAGE_KERNEL(xielu) {
     const E* eps = (const E*)tensors[4];
     E* y = (E*)tensors[5];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         const float p = log(1.0f + exp(widen(alpha_p[0])));
         const float b = widen(beta[0]);
         const float q = b + log(1.0f + exp(widen(alpha_n[0])));

@@ -21,7 +21,7 @@ SAGE_KERNEL(add) {
     const int64_t y_R = sizes[3];
     E* z = (E*)tensors[2];
     const int64_t z_R = sizes[4];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H,
               [&](auto i_H) { store(z + i_R * z_R, i_H, to<E>(load(x + i_R * x_R, i_H) + load(y + i_R * y_R, i_H))); });
     });
@@ -40,7 +40,7 @@ SAGE_KERNEL(mul) {
     const int64_t y_R = sizes[3];
     E* z = (E*)tensors[2];
     const int64_t z_R = sizes[4];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H,
               [&](auto i_H) { store(z + i_R * z_R, i_H, to<E>(load(x + i_R * x_R, i_H) * load(y + i_R * y_R, i_H))); });
     });
@@ -58,7 +58,7 @@ SAGE_KERNEL(mul_weight) {
     const E* w = (const E*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * load(w, i_H))); });
     });
 }
@@ -75,7 +75,7 @@ SAGE_KERNEL(add_bias) {
     const E* bias = (const E*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) + load(bias, i_H))); });
     });
 }
@@ -93,7 +93,7 @@ SAGE_KERNEL(mul_rows) {
     const int64_t gate_R = sizes[3];
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[4];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H, [&](auto i_H) {
             store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * widen(gate[i_R * gate_R])));
         });
@@ -112,7 +112,7 @@ SAGE_KERNEL(scale) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     const float factor = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * factor)); });
     });
 }
@@ -129,7 +129,7 @@ SAGE_KERNEL(soft_cap) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     const float cap = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(tanh(load(x + i_R * x_R, i_H) / cap) * cap)); });
     });
 }
@@ -146,7 +146,7 @@ SAGE_KERNEL(clip) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     const float limit = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         sweep(H, [&](auto i_H) {
             store(y + i_R * y_R, i_H, maximum(minimum(load(x + i_R * x_R, i_H), limit), 0.0f - limit));
         });

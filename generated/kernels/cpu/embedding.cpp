@@ -22,7 +22,7 @@ SAGE_KERNEL(embedding) {
     const int64_t table_V = sizes[3];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[4];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+    parallel_for_rows(T, H * T, [=](int64_t i_T) {
         const int64_t i_V = ids[i_T];
         sweep(H, [&](auto i_H) { store(y + i_T * y_T, i_H, load(table + i_V * table_V, i_H)); });
     });
@@ -36,7 +36,7 @@ SAGE_KERNEL(embedding_packed) {
     const Weight* table = (const Weight*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[4];
-    parallel_for_rows(T, T * H, [&](int64_t i_T) { unpack_row(y + i_T * y_T, table, ids[i_T], H); });
+    parallel_for_rows(T, T * H, [=](int64_t i_T) { unpack_row(y + i_T * y_T, table, ids[i_T], H); });
 }
 
 // specs/ops/embedding.yaml: embedding_shard
@@ -55,7 +55,7 @@ SAGE_KERNEL(embedding_shard) {
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[4];
     const int64_t first = (int64_t)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+    parallel_for_rows(T, H * T, [=](int64_t i_T) {
         const int64_t row = wrap<int32_t>(subtract(ids[i_T], first));
         const bool held = row >= 0 & row < V;
         const int64_t i_V = minimum(maximum(row, 0), V - 1);
@@ -76,7 +76,7 @@ SAGE_KERNEL(position_embedding) {
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[4];
     const int64_t offset = (int64_t)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+    parallel_for_rows(T, H * T, [=](int64_t i_T) {
         const int64_t i_P = pos[i_T] + offset;
         sweep(H, [&](auto i_H) { store(y + i_T * y_T, i_H, load(table + i_P * table_P, i_H)); });
     });
@@ -94,7 +94,7 @@ SAGE_KERNEL(select_rows) {
     const int32_t* rows = (const int32_t*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_S = sizes[4];
-    parallel_for_rows(S, H * S, [&](int64_t i_S) {
+    parallel_for_rows(S, H * S, [=](int64_t i_S) {
         const int64_t i_T = rows[i_S];
         sweep(H, [&](auto i_H) { store(y + i_S * y_S, i_H, load(x + i_T * x_T, i_H)); });
     });

@@ -86,7 +86,7 @@ SAGE_KERNEL(local_experts) {
     int32_t* y = (int32_t*)tensors[1];
     const int64_t y_T = sizes[4];
     const int64_t first = (int64_t)attrs[1];
-    parallel_for_rows(T, A * T, [&](int64_t i_T) {
+    parallel_for_rows(T, A * T, [=](int64_t i_T) {
         sweep(A, [&](auto i_A) {
             const auto number = subtract(load(experts + i_T * experts_T, i_A), first);
             store(y + i_T * y_T, i_A, where(number >= 0 & number < (int32_t)X, number, ints(X)));
@@ -190,7 +190,7 @@ SAGE_KERNEL(combine_experts) {
     const int64_t weights_T = sizes[5];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[6];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+    parallel_for_rows(T, H * T, [=](int64_t i_T) {
         sweep(H, [&](auto i_H) {
             Floats sum_over_A = Floats{};
             for (int64_t j_A = 0; j_A < A; ++j_A) {
@@ -217,7 +217,7 @@ SAGE_KERNEL(scale_experts) {
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[6];
     const int64_t y_A = sizes[7];
-    parallel_for_rows(A * T, A * H * T, [&](int64_t row) {
+    parallel_for_rows(A * T, A * H * T, [=](int64_t row) {
         const int64_t i_T = row / A, i_A = row % A;
         sweep(H, [&](auto i_H) {
             store(y + i_T * y_T + i_A * y_A, i_H,
@@ -239,7 +239,7 @@ SAGE_KERNEL(sum_experts) {
     const int64_t x_A = sizes[4];
     E* y = (E*)tensors[1];
     const int64_t y_T = sizes[5];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+    parallel_for_rows(T, H * T, [=](int64_t i_T) {
         sweep(H, [&](auto i_H) {
             Floats sum_over_A = Floats{};
             for (int64_t j_A = 0; j_A < A; ++j_A) {

@@ -34,7 +34,7 @@ SAGE_KERNEL(kv_store) {
     const int64_t v_out_PG = sizes[19];
     const int64_t v_out_BS = sizes[20];
     const int64_t v_out_Nkv = sizes[21];
-    parallel_for_rows(Nkv * T, Nkv * T * (D + Dv), [&](int64_t row) {
+    parallel_for_rows(Nkv * T, Nkv * T * (D + Dv), [=](int64_t row) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);

@@ -24,19 +24,24 @@ SAGE_KERNEL(rms_norm) {
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            ms_acc.add(xf * xf, i_H);
+    parallel_for_reduced_rows(
+        R, H * R,
+        [=](int64_t i_R) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                ms_acc.add(xf * xf, i_H);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_R, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                const auto n = to<E>(xf * rsqrt(ms + eps));
+                store(y + i_R * y_R, i_H, w ? to<E>(n * load(w, i_H)) : n);
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            const auto n = to<E>(xf * rsqrt(ms + eps));
-            store(y + i_R * y_R, i_H, w ? to<E>(n * load(w, i_H)) : n);
-        });
-    });
 }
 
 // specs/ops/norm.yaml: rms_norm_wide
@@ -54,18 +59,23 @@ SAGE_KERNEL(rms_norm_wide) {
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            ms_acc.add(xf * xf, i_H);
+    parallel_for_reduced_rows(
+        R, H * R,
+        [=](int64_t i_R) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                ms_acc.add(xf * xf, i_H);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_R, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                store(y + i_R * y_R, i_H, to<E>(xf * rsqrt(ms + eps) * load(w, i_H)));
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            store(y + i_R * y_R, i_H, to<E>(xf * rsqrt(ms + eps) * load(w, i_H)));
-        });
-    });
 }
 
 // specs/ops/norm.yaml: rms_norm_1p
@@ -83,18 +93,23 @@ SAGE_KERNEL(rms_norm_1p) {
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            ms_acc.add(xf * xf, i_H);
+    parallel_for_reduced_rows(
+        R, H * R,
+        [=](int64_t i_R) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                ms_acc.add(xf * xf, i_H);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_R, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                store(y + i_R * y_R, i_H, to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w, i_H))));
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            store(y + i_R * y_R, i_H, to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w, i_H))));
-        });
-    });
 }
 
 // specs/ops/norm.yaml: layer_norm
@@ -115,7 +130,7 @@ SAGE_KERNEL(layer_norm) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         Sum mean_over_H_acc;
         sweep(H, [&](auto i_H) {
             const auto xf = load(x + i_R * x_R, i_H);
@@ -158,7 +173,7 @@ SAGE_KERNEL(head_layer_norm) {
     const int64_t y_T = sizes[6];
     const int64_t y_N = sizes[7];
     const float eps = (float)attrs[0];
-    parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
+    parallel_for_rows(N * T, D * N * T, [=](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
         Sum mean_over_D_acc;
         sweep(D, [&](auto i_D) {
@@ -198,7 +213,7 @@ SAGE_KERNEL(layer_norm_1p) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         Sum mean_over_H_acc;
         sweep(H, [&](auto i_H) {
             const auto xf = load(x + i_R * x_R, i_H);
@@ -239,22 +254,27 @@ SAGE_KERNEL(fused_add_rms_norm) {
     E* h = (E*)tensors[4];
     const int64_t h_T = sizes[5];
     const float eps = (float)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
-            const auto xf = h_value;
-            ms_acc.add(xf * xf, i_H);
-            store(h + i_T * h_T, i_H, h_value);
+    parallel_for_reduced_rows(
+        T, H * T,
+        [=](int64_t i_T) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
+                const auto xf = h_value;
+                ms_acc.add(xf * xf, i_H);
+                store(h + i_T * h_T, i_H, h_value);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_T, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto h_value = load(h + i_T * h_T, i_H);
+                const auto xf = h_value;
+                const auto n = to<E>(xf * rsqrt(ms + eps));
+                store(y + i_T * y_T, i_H, w ? to<E>(n * load(w, i_H)) : n);
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = load(h + i_T * h_T, i_H);
-            const auto xf = h_value;
-            const auto n = to<E>(xf * rsqrt(ms + eps));
-            store(y + i_T * y_T, i_H, w ? to<E>(n * load(w, i_H)) : n);
-        });
-    });
 }
 
 // specs/ops/norm.yaml: fused_add_layer_norm
@@ -276,7 +296,7 @@ SAGE_KERNEL(fused_add_layer_norm) {
     E* h = (E*)tensors[5];
     const int64_t h_T = sizes[5];
     const float eps = (float)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+    parallel_for_rows(T, H * T, [=](int64_t i_T) {
         Sum mean_over_H_acc;
         sweep(H, [&](auto i_H) {
             const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
@@ -322,21 +342,26 @@ SAGE_KERNEL(fused_add_rms_norm_wide) {
     E* h = (E*)tensors[4];
     const int64_t h_T = sizes[5];
     const float eps = (float)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
-            const auto xf = h_value;
-            ms_acc.add(xf * xf, i_H);
-            store(h + i_T * h_T, i_H, h_value);
+    parallel_for_reduced_rows(
+        T, H * T,
+        [=](int64_t i_T) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
+                const auto xf = h_value;
+                ms_acc.add(xf * xf, i_H);
+                store(h + i_T * h_T, i_H, h_value);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_T, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto h_value = load(h + i_T * h_T, i_H);
+                const auto xf = h_value;
+                store(y + i_T * y_T, i_H, to<E>(xf * rsqrt(ms + eps) * load(w, i_H)));
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = load(h + i_T * h_T, i_H);
-            const auto xf = h_value;
-            store(y + i_T * y_T, i_H, to<E>(xf * rsqrt(ms + eps) * load(w, i_H)));
-        });
-    });
 }
 
 // specs/ops/norm.yaml: fused_rms_norm_wide_add
@@ -355,19 +380,24 @@ SAGE_KERNEL(fused_rms_norm_wide_add) {
     E* h = (E*)tensors[3];
     const int64_t h_T = sizes[4];
     const float eps = (float)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_T * x_T, i_H);
-            ms_acc.add(xf * xf, i_H);
+    parallel_for_reduced_rows(
+        T, H * T,
+        [=](int64_t i_T) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_T * x_T, i_H);
+                ms_acc.add(xf * xf, i_H);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_T, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_T * x_T, i_H);
+                const auto n = to<E>(xf * rsqrt(ms + eps) * load(w, i_H));
+                store(h + i_T * h_T, i_H, to<E>(load(residual + i_T * residual_T, i_H) + n));
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_T * x_T, i_H);
-            const auto n = to<E>(xf * rsqrt(ms + eps) * load(w, i_H));
-            store(h + i_T * h_T, i_H, to<E>(load(residual + i_T * residual_T, i_H) + n));
-        });
-    });
 }
 
 // specs/ops/norm.yaml: fused_add_rms_norm_1p
@@ -388,21 +418,26 @@ SAGE_KERNEL(fused_add_rms_norm_1p) {
     E* h = (E*)tensors[4];
     const int64_t h_T = sizes[5];
     const float eps = (float)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
-            const auto xf = h_value;
-            ms_acc.add(xf * xf, i_H);
-            store(h + i_T * h_T, i_H, h_value);
+    parallel_for_reduced_rows(
+        T, H * T,
+        [=](int64_t i_T) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(residual + i_T * residual_T, i_H));
+                const auto xf = h_value;
+                ms_acc.add(xf * xf, i_H);
+                store(h + i_T * h_T, i_H, h_value);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            return ms;
+        },
+        [=](int64_t i_T, float ms) {
+            sweep(H, [&](auto i_H) {
+                const auto h_value = load(h + i_T * h_T, i_H);
+                const auto xf = h_value;
+                store(y + i_T * y_T, i_H, to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w, i_H))));
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = load(h + i_T * h_T, i_H);
-            const auto xf = h_value;
-            store(y + i_T * y_T, i_H, to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w, i_H))));
-        });
-    });
 }
 
 // specs/ops/norm.yaml: fused_norm_add_norm_1p
@@ -425,29 +460,34 @@ SAGE_KERNEL(fused_norm_add_norm_1p) {
     E* h = (E*)tensors[5];
     const int64_t h_T = sizes[5];
     const float eps = (float)attrs[0];
-    parallel_for_rows(T, H * T, [&](int64_t i_T) {
-        Sum ms_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_T * x_T, i_H);
-            ms_acc.add(xf * xf, i_H);
+    parallel_for_reduced_rows(
+        T, H * T,
+        [=](int64_t i_T) {
+            Sum ms_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_T * x_T, i_H);
+                ms_acc.add(xf * xf, i_H);
+            });
+            const float ms = ms_acc.total() / (float)H;
+            Sum ms_2_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_T * x_T, i_H);
+                const auto n = to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w_after, i_H)));
+                const auto h_value = to<E>(load(residual + i_T * residual_T, i_H) + n);
+                const auto xf_2 = h_value;
+                ms_2_acc.add(xf_2 * xf_2, i_H);
+                store(h + i_T * h_T, i_H, h_value);
+            });
+            const float ms_2 = ms_2_acc.total() / (float)H;
+            return ms_2;
+        },
+        [=](int64_t i_T, float ms_2) {
+            sweep(H, [&](auto i_H) {
+                const auto h_value = load(h + i_T * h_T, i_H);
+                const auto xf_2 = h_value;
+                store(y + i_T * y_T, i_H, to<E>(xf_2 * rsqrt(ms_2 + eps) * (1.0f + load(w_before, i_H))));
+            });
         });
-        const float ms = ms_acc.total() / (float)H;
-        Sum ms_2_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_T * x_T, i_H);
-            const auto n = to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w_after, i_H)));
-            const auto h_value = to<E>(load(residual + i_T * residual_T, i_H) + n);
-            const auto xf_2 = h_value;
-            ms_2_acc.add(xf_2 * xf_2, i_H);
-            store(h + i_T * h_T, i_H, h_value);
-        });
-        const float ms_2 = ms_2_acc.total() / (float)H;
-        sweep(H, [&](auto i_H) {
-            const auto h_value = load(h + i_T * h_T, i_H);
-            const auto xf_2 = h_value;
-            store(y + i_T * y_T, i_H, to<E>(xf_2 * rsqrt(ms_2 + eps) * (1.0f + load(w_before, i_H))));
-        });
-    });
 }
 
 }  // namespace sage

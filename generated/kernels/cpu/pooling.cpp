@@ -20,7 +20,7 @@ SAGE_KERNEL(pool_first) {
     const int32_t* q_start = (const int32_t*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_B = sizes[4];
-    parallel_for_rows(B, B * H, [&](int64_t i_B) {
+    parallel_for_rows(B, B * H, [=](int64_t i_B) {
         const int64_t i_T = q_start[i_B];
         sweep(H, [&](auto i_H) { store(y + i_B * y_B, i_H, load(x + i_T * x_T, i_H)); });
     });
@@ -38,7 +38,7 @@ SAGE_KERNEL(pool_last) {
     const int32_t* q_start = (const int32_t*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_B = sizes[4];
-    parallel_for_rows(B, B * H, [&](int64_t i_B) {
+    parallel_for_rows(B, B * H, [=](int64_t i_B) {
         const int64_t i_T = q_start[i_B + 1] - 1;
         sweep(H, [&](auto i_H) { store(y + i_B * y_B, i_H, load(x + i_T * x_T, i_H)); });
     });
@@ -81,19 +81,24 @@ SAGE_KERNEL(l2_norm) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        Sum sum_over_H_acc;
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            sum_over_H_acc.add(xf * xf, i_H);
+    parallel_for_reduced_rows(
+        R, H * R,
+        [=](int64_t i_R) {
+            Sum sum_over_H_acc;
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                sum_over_H_acc.add(xf * xf, i_H);
+            });
+            const float sum_over_H = sum_over_H_acc.total();
+            return sum_over_H;
+        },
+        [=](int64_t i_R, float sum_over_H) {
+            const float length = sqrt(sum_over_H);
+            sweep(H, [&](auto i_H) {
+                const auto xf = load(x + i_R * x_R, i_H);
+                store(y + i_R * y_R, i_H, to<E>(xf / maximum(length, eps)));
+            });
         });
-        const float sum_over_H = sum_over_H_acc.total();
-        const float length = sqrt(sum_over_H);
-        sweep(H, [&](auto i_H) {
-            const auto xf = load(x + i_R * x_R, i_H);
-            store(y + i_R * y_R, i_H, to<E>(xf / maximum(length, eps)));
-        });
-    });
 }
 
 }  // namespace sage

@@ -34,7 +34,7 @@ SAGE_KERNEL(rope) {
     E* y = (E*)tensors[4];
     const int64_t y_T = sizes[9];
     const int64_t y_N = sizes[10];
-    parallel_for_rows(N * T, (N * T * (2 * D - Dr)) / 2, [&](int64_t row) {
+    parallel_for_rows(N * T, (N * T * (2 * D - Dr)) / 2, [=](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
         const int64_t i_P = pos[i_T];
         sweep(Dr / 2, [&](auto i_Dr) {
@@ -80,7 +80,7 @@ SAGE_KERNEL(rope_interleaved) {
     E* y = (E*)tensors[4];
     const int64_t y_T = sizes[9];
     const int64_t y_N = sizes[10];
-    parallel_for_rows(N * T, (N * T * (2 * D - Dr)) / 2, [&](int64_t row) {
+    parallel_for_rows(N * T, (N * T * (2 * D - Dr)) / 2, [=](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
         const int64_t i_P = pos[i_T];
         sweep(Dr / 2, [&](auto i_Dr) {
@@ -120,7 +120,7 @@ SAGE_KERNEL(scale_by_position) {
     const float growth = (float)attrs[0];
     const float interval = (float)attrs[1];
     const float offset = (float)attrs[2];
-    parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
+    parallel_for_rows(N * T, D * N * T, [=](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
         const float step = floor(((float)pos[i_T] + offset) / interval);
         const float factor = 1.0f + growth * log(1.0f + step);

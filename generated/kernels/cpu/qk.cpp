@@ -42,7 +42,7 @@ SAGE_KERNEL(qk_rope_kv_store) {
     const int64_t v_out_PG = sizes[22];
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
-    parallel_for_rows(Nq * T, (Nq * T * (2 * D - Dr)) / 2, [&](int64_t row) {
+    parallel_for_rows(Nq * T, (Nq * T * (2 * D - Dr)) / 2, [=](int64_t row) {
         const int64_t i_T = row / Nq, i_Nq = row % Nq;
         const int64_t i_P = pos[i_T];
         sweep(Dr / 2, [&](auto i_Dr) {
@@ -60,7 +60,7 @@ SAGE_KERNEL(qk_rope_kv_store) {
             store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
         });
     });
-    parallel_for_rows(Nkv * T, (Nkv * T * (4 * D - Dr)) / 2, [&](int64_t row) {
+    parallel_for_rows(Nkv * T, (Nkv * T * (4 * D - Dr)) / 2, [=](int64_t row) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
@@ -121,7 +121,7 @@ SAGE_KERNEL(qk_rope_interleaved_kv_store) {
     const int64_t v_out_PG = sizes[22];
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
-    parallel_for_rows(Nq * T, (Nq * T * (2 * D - Dr)) / 2, [&](int64_t row) {
+    parallel_for_rows(Nq * T, (Nq * T * (2 * D - Dr)) / 2, [=](int64_t row) {
         const int64_t i_T = row / Nq, i_Nq = row % Nq;
         const int64_t i_P = pos[i_T];
         sweep(Dr / 2, [&](auto i_Dr) {
@@ -139,7 +139,7 @@ SAGE_KERNEL(qk_rope_interleaved_kv_store) {
             store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
         });
     });
-    parallel_for_rows(Nkv * T, (Nkv * T * (4 * D - Dr)) / 2, [&](int64_t row) {
+    parallel_for_rows(Nkv * T, (Nkv * T * (4 * D - Dr)) / 2, [=](int64_t row) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
@@ -205,70 +205,84 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
     const float eps = (float)attrs[3];
-    parallel_for_rows(Nq * T, (Nq * T * (4 * D - Dr)) / 2, [&](int64_t row) {
-        const int64_t i_T = row / Nq, i_Nq = row % Nq;
-        Sum ms_acc;
-        sweep(D, [&](auto i_D) {
-            const auto qh = load(qkv + i_T * qkv_T + i_Nq * D, i_D);
-            const auto xf = qh;
-            ms_acc.add(xf * xf, i_D);
+    parallel_for_reduced_rows(
+        Nq * T, (Nq * T * (4 * D - Dr)) / 2,
+        [=](int64_t row) {
+            const int64_t i_T = row / Nq, i_Nq = row % Nq;
+            Sum ms_acc;
+            sweep(D, [&](auto i_D) {
+                const auto qh = load(qkv + i_T * qkv_T + i_Nq * D, i_D);
+                const auto xf = qh;
+                ms_acc.add(xf * xf, i_D);
+            });
+            const float ms = ms_acc.total() / (float)D;
+            return ms;
+        },
+        [=](int64_t row, float ms) {
+            const int64_t i_T = row / Nq, i_Nq = row % Nq;
+            const int64_t i_P = pos[i_T];
+            sweep(Dr / 2, [&](auto i_Dr) {
+                const auto c = load(cos + i_P * cos_P, i_Dr);
+                const auto s = load(sin + i_P * sin_P, i_Dr);
+                const auto a =
+                    to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps)) * load(q_norm, i_Dr));
+                const auto b = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps)) *
+                                     load(q_norm + Dr / 2, i_Dr));
+                const auto y1 = to<E>(a * c - b * s);
+                const auto y2 = to<E>(b * c + a * s);
+                store(q + i_T * q_T + i_Nq * q_Nq, i_Dr, y1);
+                store(q + i_T * q_T + i_Nq * q_Nq + Dr / 2, i_Dr, y2);
+            });
+            sweep(D - Dr, [&](auto i_DDr) {
+                const auto same = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps)) *
+                                        load(q_norm + Dr, i_DDr));
+                store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
+            });
         });
-        const float ms = ms_acc.total() / (float)D;
-        const int64_t i_P = pos[i_T];
-        sweep(Dr / 2, [&](auto i_Dr) {
-            const auto c = load(cos + i_P * cos_P, i_Dr);
-            const auto s = load(sin + i_P * sin_P, i_Dr);
-            const auto a =
-                to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps)) * load(q_norm, i_Dr));
-            const auto b = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps)) *
-                                 load(q_norm + Dr / 2, i_Dr));
-            const auto y1 = to<E>(a * c - b * s);
-            const auto y2 = to<E>(b * c + a * s);
-            store(q + i_T * q_T + i_Nq * q_Nq, i_Dr, y1);
-            store(q + i_T * q_T + i_Nq * q_Nq + Dr / 2, i_Dr, y2);
+    parallel_for_reduced_rows(
+        Nkv * T, (Nkv * T * (4 * D - Dr)) / 2,
+        [=](int64_t row) {
+            const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
+            const int64_t i_PG = floor_divide(slots[i_T], BS);
+            const int64_t i_BS = floor_remainder(slots[i_T], BS);
+            const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 0);
+            Sum ms_2_acc;
+            sweep(D, [&](auto i_D) {
+                const auto kh = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D);
+                const auto xf_2 = kh;
+                ms_2_acc.add(xf_2 * xf_2, i_D);
+                const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
+                store(v_out_row.at, i_D, v);
+            });
+            const float ms_2 = ms_2_acc.total() / (float)D;
+            return ms_2;
+        },
+        [=](int64_t row, float ms_2) {
+            const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
+            const int64_t i_PG = floor_divide(slots[i_T], BS);
+            const int64_t i_BS = floor_remainder(slots[i_T], BS);
+            const int64_t i_P = pos[i_T];
+            const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 1);
+            sweep(Dr / 2, [&](auto i_Dr) {
+                const auto c_2 = load(cos + i_P * cos_P, i_Dr);
+                const auto s_2 = load(sin + i_P * sin_P, i_Dr);
+                const auto a_2 = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps)) *
+                                       load(k_norm, i_Dr));
+                const auto b_2 =
+                    to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) * rsqrt(ms_2 + eps)) *
+                          load(k_norm + Dr / 2, i_Dr));
+                const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
+                const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
+                store(k_out_row.at, i_Dr, y1_2);
+                store(k_out_row.at + Dr / 2, i_Dr, y2_2);
+            });
+            sweep(D - Dr, [&](auto i_DDr) {
+                const auto same_2 =
+                    to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps)) *
+                          load(k_norm + Dr, i_DDr));
+                store(k_out_row.at + Dr, i_DDr, same_2);
+            });
         });
-        sweep(D - Dr, [&](auto i_DDr) {
-            const auto same = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps)) *
-                                    load(q_norm + Dr, i_DDr));
-            store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
-        });
-    });
-    parallel_for_rows(Nkv * T, (Nkv * T * (4 * D - Dr)) / 2, [&](int64_t row) {
-        const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
-        const int64_t i_PG = floor_divide(slots[i_T], BS);
-        const int64_t i_BS = floor_remainder(slots[i_T], BS);
-        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 0);
-        Sum ms_2_acc;
-        sweep(D, [&](auto i_D) {
-            const auto kh = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D);
-            const auto xf_2 = kh;
-            ms_2_acc.add(xf_2 * xf_2, i_D);
-            const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
-            store(v_out_row.at, i_D, v);
-        });
-        const float ms_2 = ms_2_acc.total() / (float)D;
-        const int64_t i_P = pos[i_T];
-        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 1);
-        sweep(Dr / 2, [&](auto i_Dr) {
-            const auto c_2 = load(cos + i_P * cos_P, i_Dr);
-            const auto s_2 = load(sin + i_P * sin_P, i_Dr);
-            const auto a_2 = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps)) *
-                                   load(k_norm, i_Dr));
-            const auto b_2 =
-                to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) * rsqrt(ms_2 + eps)) *
-                      load(k_norm + Dr / 2, i_Dr));
-            const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
-            const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
-            store(k_out_row.at, i_Dr, y1_2);
-            store(k_out_row.at + Dr / 2, i_Dr, y2_2);
-        });
-        sweep(D - Dr, [&](auto i_DDr) {
-            const auto same_2 =
-                to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps)) *
-                      load(k_norm + Dr, i_DDr));
-            store(k_out_row.at + Dr, i_DDr, same_2);
-        });
-    });
 }
 
 // specs/ops/qk.yaml: qk_norm_1p_rope_kv_store
@@ -309,68 +323,82 @@ SAGE_KERNEL(qk_norm_1p_rope_kv_store) {
     const int64_t v_out_BS = sizes[23];
     const int64_t v_out_Nkv = sizes[24];
     const float eps = (float)attrs[3];
-    parallel_for_rows(Nq * T, (Nq * T * (4 * D - Dr)) / 2, [&](int64_t row) {
-        const int64_t i_T = row / Nq, i_Nq = row % Nq;
-        Sum ms_acc;
-        sweep(D, [&](auto i_D) {
-            const auto qh = load(qkv + i_T * qkv_T + i_Nq * D, i_D);
-            const auto xf = qh;
-            ms_acc.add(xf * xf, i_D);
+    parallel_for_reduced_rows(
+        Nq * T, (Nq * T * (4 * D - Dr)) / 2,
+        [=](int64_t row) {
+            const int64_t i_T = row / Nq, i_Nq = row % Nq;
+            Sum ms_acc;
+            sweep(D, [&](auto i_D) {
+                const auto qh = load(qkv + i_T * qkv_T + i_Nq * D, i_D);
+                const auto xf = qh;
+                ms_acc.add(xf * xf, i_D);
+            });
+            const float ms = ms_acc.total() / (float)D;
+            return ms;
+        },
+        [=](int64_t row, float ms) {
+            const int64_t i_T = row / Nq, i_Nq = row % Nq;
+            const int64_t i_P = pos[i_T];
+            sweep(Dr / 2, [&](auto i_Dr) {
+                const auto c = load(cos + i_P * cos_P, i_Dr);
+                const auto s = load(sin + i_P * sin_P, i_Dr);
+                const auto a =
+                    to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps) * (1.0f + load(q_norm, i_Dr)));
+                const auto b = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps) *
+                                     (1.0f + load(q_norm + Dr / 2, i_Dr)));
+                const auto y1 = to<E>(a * c - b * s);
+                const auto y2 = to<E>(b * c + a * s);
+                store(q + i_T * q_T + i_Nq * q_Nq, i_Dr, y1);
+                store(q + i_T * q_T + i_Nq * q_Nq + Dr / 2, i_Dr, y2);
+            });
+            sweep(D - Dr, [&](auto i_DDr) {
+                const auto same = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps) *
+                                        (1.0f + load(q_norm + Dr, i_DDr)));
+                store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
+            });
         });
-        const float ms = ms_acc.total() / (float)D;
-        const int64_t i_P = pos[i_T];
-        sweep(Dr / 2, [&](auto i_Dr) {
-            const auto c = load(cos + i_P * cos_P, i_Dr);
-            const auto s = load(sin + i_P * sin_P, i_Dr);
-            const auto a =
-                to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps) * (1.0f + load(q_norm, i_Dr)));
-            const auto b = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps) *
-                                 (1.0f + load(q_norm + Dr / 2, i_Dr)));
-            const auto y1 = to<E>(a * c - b * s);
-            const auto y2 = to<E>(b * c + a * s);
-            store(q + i_T * q_T + i_Nq * q_Nq, i_Dr, y1);
-            store(q + i_T * q_T + i_Nq * q_Nq + Dr / 2, i_Dr, y2);
+    parallel_for_reduced_rows(
+        Nkv * T, (Nkv * T * (4 * D - Dr)) / 2,
+        [=](int64_t row) {
+            const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
+            const int64_t i_PG = floor_divide(slots[i_T], BS);
+            const int64_t i_BS = floor_remainder(slots[i_T], BS);
+            const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 0);
+            Sum ms_2_acc;
+            sweep(D, [&](auto i_D) {
+                const auto kh = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D);
+                const auto xf_2 = kh;
+                ms_2_acc.add(xf_2 * xf_2, i_D);
+                const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
+                store(v_out_row.at, i_D, v);
+            });
+            const float ms_2 = ms_2_acc.total() / (float)D;
+            return ms_2;
+        },
+        [=](int64_t row, float ms_2) {
+            const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
+            const int64_t i_PG = floor_divide(slots[i_T], BS);
+            const int64_t i_BS = floor_remainder(slots[i_T], BS);
+            const int64_t i_P = pos[i_T];
+            const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 1);
+            sweep(Dr / 2, [&](auto i_Dr) {
+                const auto c_2 = load(cos + i_P * cos_P, i_Dr);
+                const auto s_2 = load(sin + i_P * sin_P, i_Dr);
+                const auto a_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps) *
+                                       (1.0f + load(k_norm, i_Dr)));
+                const auto b_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) *
+                                       rsqrt(ms_2 + eps) * (1.0f + load(k_norm + Dr / 2, i_Dr)));
+                const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
+                const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
+                store(k_out_row.at, i_Dr, y1_2);
+                store(k_out_row.at + Dr / 2, i_Dr, y2_2);
+            });
+            sweep(D - Dr, [&](auto i_DDr) {
+                const auto same_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps) *
+                                          (1.0f + load(k_norm + Dr, i_DDr)));
+                store(k_out_row.at + Dr, i_DDr, same_2);
+            });
         });
-        sweep(D - Dr, [&](auto i_DDr) {
-            const auto same = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps) *
-                                    (1.0f + load(q_norm + Dr, i_DDr)));
-            store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
-        });
-    });
-    parallel_for_rows(Nkv * T, (Nkv * T * (4 * D - Dr)) / 2, [&](int64_t row) {
-        const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
-        const int64_t i_PG = floor_divide(slots[i_T], BS);
-        const int64_t i_BS = floor_remainder(slots[i_T], BS);
-        const KvRow<E, Cache> v_out_row(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, D, 0);
-        Sum ms_2_acc;
-        sweep(D, [&](auto i_D) {
-            const auto kh = load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D);
-            const auto xf_2 = kh;
-            ms_2_acc.add(xf_2 * xf_2, i_D);
-            const auto v = load(qkv + i_T * qkv_T + i_Nkv * D + D * (Nkv + Nq), i_D);
-            store(v_out_row.at, i_D, v);
-        });
-        const float ms_2 = ms_2_acc.total() / (float)D;
-        const int64_t i_P = pos[i_T];
-        const KvRow<E, Cache> k_out_row(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, D, 1);
-        sweep(Dr / 2, [&](auto i_Dr) {
-            const auto c_2 = load(cos + i_P * cos_P, i_Dr);
-            const auto s_2 = load(sin + i_P * sin_P, i_Dr);
-            const auto a_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps) *
-                                   (1.0f + load(k_norm, i_Dr)));
-            const auto b_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) *
-                                   rsqrt(ms_2 + eps) * (1.0f + load(k_norm + Dr / 2, i_Dr)));
-            const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
-            const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
-            store(k_out_row.at, i_Dr, y1_2);
-            store(k_out_row.at + Dr / 2, i_Dr, y2_2);
-        });
-        sweep(D - Dr, [&](auto i_DDr) {
-            const auto same_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps) *
-                                      (1.0f + load(k_norm + Dr, i_DDr)));
-            store(k_out_row.at + Dr, i_DDr, same_2);
-        });
-    });
 }
 
 }  // namespace sage

@@ -26,21 +26,28 @@ SAGE_KERNEL(int8_activations) {
     const int64_t codes_C = sizes[6];
     float* scale = (float*)tensors[2];
     const int64_t scale_R = sizes[7];
-    parallel_for_rows(C * R, C * G * R, [&](int64_t row) {
-        const int64_t i_R = row / C, i_C = row % C;
-        Max amax_over_G_acc;
-        sweep(G, [&](auto i_G) {
-            const auto value = load(x + i_R * x_R + i_C * x_C, i_G);
-            amax_over_G_acc.add(abs(value), i_G);
+    parallel_for_reduced_rows(
+        C * R, C * G * R,
+        [=](int64_t row) {
+            const int64_t i_R = row / C, i_C = row % C;
+            Max amax_over_G_acc;
+            sweep(G, [&](auto i_G) {
+                const auto value = load(x + i_R * x_R + i_C * x_C, i_G);
+                amax_over_G_acc.add(abs(value), i_G);
+            });
+            const float amax_over_G = amax_over_G_acc.total();
+            return amax_over_G;
+        },
+        [=](int64_t row, float amax_over_G) {
+            const int64_t i_R = row / C, i_C = row % C;
+            const float scale_value = maximum(amax_over_G, pow(2.0f, -100.0f)) / 127.0f;
+            store_element(scale + i_R * scale_R + i_C, scale_value);
+            sweep(G, [&](auto i_G) {
+                const auto value = load(x + i_R * x_R + i_C * x_C, i_G);
+                store(codes + i_R * codes_R + i_C * codes_C, i_G,
+                      wrap<int8_t>(ints(round(value * (1.0f / scale_value)))));
+            });
         });
-        const float amax_over_G = amax_over_G_acc.total();
-        const float scale_value = maximum(amax_over_G, pow(2.0f, -100.0f)) / 127.0f;
-        store_element(scale + i_R * scale_R + i_C, scale_value);
-        sweep(G, [&](auto i_G) {
-            const auto value = load(x + i_R * x_R + i_C * x_C, i_G);
-            store(codes + i_R * codes_R + i_C * codes_C, i_G, wrap<int8_t>(ints(round(value * (1.0f / scale_value)))));
-        });
-    });
 }
 
 }  // namespace sage

@@ -30,11 +30,11 @@ SAGE_KERNEL(split_qkv) {
     E* v = (E*)tensors[3];
     const int64_t v_T = sizes[9];
     const int64_t v_Nkv = sizes[10];
-    parallel_for_rows(Nq * T, D * Nq * T, [&](int64_t row) {
+    parallel_for_rows(Nq * T, D * Nq * T, [=](int64_t row) {
         const int64_t i_T = row / Nq, i_Nq = row % Nq;
         sweep(D, [&](auto i_D) { store(q + i_T * q_T + i_Nq * q_Nq, i_D, load(qkv + i_T * qkv_T + i_Nq * D, i_D)); });
     });
-    parallel_for_rows(Nkv * T, D * Nkv * T, [&](int64_t row) {
+    parallel_for_rows(Nkv * T, D * Nkv * T, [=](int64_t row) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
         sweep(D, [&](auto i_D) {
             store(k + i_T * k_T + i_Nkv * k_Nkv, i_D, load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_D));
@@ -56,7 +56,7 @@ SAGE_KERNEL(merge_heads) {
     const int64_t x_N = sizes[4];
     E* y = (E*)tensors[1];
     const int64_t y_T = sizes[5];
-    parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
+    parallel_for_rows(N * T, D * N * T, [=](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
         sweep(D, [&](auto i_D) { store(y + i_T * y_T + i_N * D, i_D, load(x + i_T * x_T + i_N * x_N, i_D)); });
     });
@@ -75,7 +75,7 @@ SAGE_KERNEL(split_heads) {
     E* y = (E*)tensors[1];
     const int64_t y_T = sizes[4];
     const int64_t y_N = sizes[5];
-    parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
+    parallel_for_rows(N * T, D * N * T, [=](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
         sweep(D, [&](auto i_D) { store(y + i_T * y_T + i_N * y_N, i_D, load(x + i_T * x_T + i_N * D, i_D)); });
     });
@@ -95,7 +95,7 @@ SAGE_KERNEL(split_halves) {
     const int64_t a_R = sizes[3];
     E* b = (E*)tensors[2];
     const int64_t b_R = sizes[4];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             store(a + i_R * a_R, i_I, load(x + i_R * x_R, i_I));
             store(b + i_R * b_R, i_I, load(x + i_R * x_R + I, i_I));
@@ -118,7 +118,7 @@ SAGE_KERNEL(split_last) {
     const int64_t a_R = sizes[4];
     E* b = (E*)tensors[2];
     const int64_t b_R = sizes[5];
-    parallel_for_rows(R, R * (Na + Nb), [&](int64_t i_R) {
+    parallel_for_rows(R, R * (Na + Nb), [=](int64_t i_R) {
         sweep(Na, [&](auto i_Na) { store(a + i_R * a_R, i_Na, load(x + i_R * x_R, i_Na)); });
         sweep(Nb, [&](auto i_Nb) { store(b + i_R * b_R, i_Nb, load(x + i_R * x_R + Na, i_Nb)); });
     });
@@ -135,7 +135,7 @@ SAGE_KERNEL(first_features) {
     const int64_t x_R = sizes[3];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[4];
-    parallel_for_rows(R, N * R, [&](int64_t i_R) {
+    parallel_for_rows(R, N * R, [=](int64_t i_R) {
         sweep(N, [&](auto i_N) { store(y + i_R * y_R, i_N, load(x + i_R * x_R, i_N)); });
     });
 }
@@ -155,7 +155,7 @@ SAGE_KERNEL(concat_last) {
     const int64_t b_R = sizes[4];
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[5];
-    parallel_for_rows(R, R * (Na + Nb), [&](int64_t i_R) {
+    parallel_for_rows(R, R * (Na + Nb), [=](int64_t i_R) {
         sweep(Na, [&](auto i_Na) {
             const auto first = load(a + i_R * a_R, i_Na);
             store(y + i_R * y_R, i_Na, first);
@@ -182,10 +182,10 @@ SAGE_KERNEL(split_rows) {
     const int64_t a_Ta = sizes[4];
     E* b = (E*)tensors[2];
     const int64_t b_Tb = sizes[5];
-    parallel_for_rows(Ta, H * Ta, [&](int64_t i_Ta) {
+    parallel_for_rows(Ta, H * Ta, [=](int64_t i_Ta) {
         sweep(H, [&](auto i_H) { store(a + i_Ta * a_Ta, i_H, load(x + i_Ta * x_D0, i_H)); });
     });
-    parallel_for_rows(Tb, H * Tb, [&](int64_t i_Tb) {
+    parallel_for_rows(Tb, H * Tb, [=](int64_t i_Tb) {
         sweep(H, [&](auto i_H) { store(b + i_Tb * b_Tb, i_H, load(x + (i_Tb + Ta) * x_D0, i_H)); });
     });
 }
@@ -205,13 +205,13 @@ SAGE_KERNEL(concat_rows) {
     const int64_t b_Tb = sizes[4];
     E* y = (E*)tensors[2];
     const int64_t y_D0 = sizes[5];
-    parallel_for_rows(Ta, H * Ta, [&](int64_t i_Ta) {
+    parallel_for_rows(Ta, H * Ta, [=](int64_t i_Ta) {
         sweep(H, [&](auto i_H) {
             const auto first = load(a + i_Ta * a_Ta, i_H);
             store(y + i_Ta * y_D0, i_H, first);
         });
     });
-    parallel_for_rows(Tb, H * Tb, [&](int64_t i_Tb) {
+    parallel_for_rows(Tb, H * Tb, [=](int64_t i_Tb) {
         sweep(H, [&](auto i_H) {
             const auto rest = load(b + i_Tb * b_Tb, i_H);
             store(y + (i_Tb + Ta) * y_D0, i_H, rest);

@@ -105,12 +105,19 @@ template <>
 inline Floats to<f32>(Floats value) {
     return value;
 }
+#if defined(__AVX512BF16__)  // the instruction takes subnormal numbers for 0
+template <>
+inline Floats to<bf16>(Floats value) {
+    return widen((Halves)_mm512_cvtneps_pbh((__m512)value), bf16{});
+}
+#else
 template <>
 inline Floats to<bf16>(Floats value) {
     Bits bits = bits_of<Bits>(value);
     Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
     return value == value ? bits_of<Floats>(rounded) : value;
 }
+#endif
 template <class Element>
 inline float to(float value) {
     return to<Element>(broadcast(value))[0];

@@ -177,8 +177,6 @@ inline Floats pow(Floats x, float exponent) {
     inline float name(float x) { return name(broadcast(x))[0]; }
 SAGE_SCALAR(abs)
 SAGE_SCALAR(relu)
-SAGE_SCALAR(sqrt)
-SAGE_SCALAR(rsqrt)
 SAGE_SCALAR(floor)
 SAGE_SCALAR(round)
 SAGE_SCALAR(exp)
@@ -187,6 +185,8 @@ SAGE_SCALAR(sigmoid)
 SAGE_SCALAR(tanh)
 SAGE_SCALAR(erf)
 #undef SAGE_SCALAR
+inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float pow(float x, float exponent) { return __builtin_powf(x, exponent); }
 
 }  // namespace sage

@@ -24,13 +24,34 @@ inline Range split_range(int64_t count, int64_t step, int64_t i, int64_t parts) 
 }
 
 // Calls body(row) for all rows, in parallel. A row is computed by one thread in one order, so that results do not
-// depend on the number of threads.
+// depend on the number of threads. A body that captures by value keeps its sizes and addresses in registers: a thread
+// calls a local copy, which no store can change.
 template <class Body>
 inline void parallel_for_rows(int64_t rows, int64_t elements, Body&& body) {
     const int64_t parts = num_parts(rows, elements / (PARALLEL_WORK / 2));
     parallel_for(parts, [&](int64_t part) {
         const Range range = split_range(rows, 1, part, parts);
-        for (int64_t row = range.first; row < range.last; ++row) body(row);
+        const auto on_row = body;
+        for (int64_t row = range.first; row < range.last; ++row) on_row(row);
+    });
+}
+
+// The same in two steps: value = reduce(row), then finish(row, value). The next row is reduced first, so that the
+// additions of its reduction, each of which waits for the one before, leave no unit of the processor idle. Each step
+// has one call, which is inlined.
+template <class Reduce, class Finish>
+inline void parallel_for_reduced_rows(int64_t rows, int64_t elements, Reduce&& reduce, Finish&& finish) {
+    const int64_t parts = num_parts(rows, elements / (PARALLEL_WORK / 2));
+    parallel_for(parts, [&](int64_t part) {
+        const Range range = split_range(rows, 1, part, parts);
+        const auto on_row = reduce;
+        const auto on_reduced_row = finish;
+        float value = 0.0f;
+        for (int64_t row = range.first; row <= range.last; ++row) {
+            const float next = row < range.last ? on_row(row) : 0.0f;
+            if (row > range.first) on_reduced_row(row - 1, value);
+            value = next;
+        }
     });
 }
 

@@ -21,7 +21,7 @@ SAGE_KERNEL(gelu_gate) {
     const int64_t gu_R = sizes[2];
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
-    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+    parallel_for_rows(R, I * R, [=](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto a = load(gu + i_R * gu_R, i_I);
             const auto t = tanh(0.7978845608028654f * (a + 0.044715f * a * a * a));

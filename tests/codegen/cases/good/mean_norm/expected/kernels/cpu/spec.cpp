@@ -25,7 +25,7 @@ SAGE_KERNEL(mean_norm) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[3];
     const float eps = (float)attrs[0];
-    parallel_for_rows(R, H * R, [&](int64_t i_R) {
+    parallel_for_rows(R, H * R, [=](int64_t i_R) {
         Sum mean_over_H_acc;
         sweep(H, [&](auto i_H) {
             const auto xf = load(x + i_R * x_R, i_H);

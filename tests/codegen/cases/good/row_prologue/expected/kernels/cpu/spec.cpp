@@ -78,20 +78,26 @@ SAGE_KERNEL(norm_head_linear) {
     const int64_t y_T = sizes[8];
     const int64_t y_N = sizes[9];
     E* n = scratch<E>(Scratch::COMPUTED_ROWS, K * N * T);
-    parallel_for_rows(N * T, K * N * T, [&](int64_t row) {
-        const int64_t i_T = row / N, i_N = row % N;
-        Sum sum_over_K_acc;
-        sweep(K, [&](auto i_K) {
-            const auto xf = load(x + i_T * x_T + i_N * x_N, i_K);
-            sum_over_K_acc.add(xf * xf, i_K);
+    parallel_for_reduced_rows(
+        N * T, K * N * T,
+        [=](int64_t row) {
+            const int64_t i_T = row / N, i_N = row % N;
+            Sum sum_over_K_acc;
+            sweep(K, [&](auto i_K) {
+                const auto xf = load(x + i_T * x_T + i_N * x_N, i_K);
+                sum_over_K_acc.add(xf * xf, i_K);
+            });
+            const float sum_over_K = sum_over_K_acc.total();
+            return sum_over_K;
+        },
+        [=](int64_t row, float sum_over_K) {
+            const int64_t i_T = row / N, i_N = row % N;
+            const float length = sqrt(sum_over_K);
+            sweep(K, [&](auto i_K) {
+                const auto xf = load(x + i_T * x_T + i_N * x_N, i_K);
+                store(n + i_T * (K * N) + i_N * K, i_K, to<E>(xf / maximum(length, 1e-12f)));
+            });
         });
-        const float sum_over_K = sum_over_K_acc.total();
-        const float length = sqrt(sum_over_K);
-        sweep(K, [&](auto i_K) {
-            const auto xf = load(x + i_T * x_T + i_N * x_N, i_K);
-            store(n + i_T * (K * N) + i_N * K, i_K, to<E>(xf / maximum(length, 1e-12f)));
-        });
-    });
     const GemmArgs<E, Weight> args = {T, K, M, 1, m};
     grouped_gemm(
         MICROKERNEL, TUNING, N, args, [&](int64_t) { return T; },
@@ -119,7 +125,7 @@ SAGE_KERNEL(add_linear) {
     const int64_t y_T = sizes[6];
     E* h = (E*)tensors[4];
     const int64_t h_T = sizes[7];
-    parallel_for_rows(T, K * T, [&](int64_t i_T) {
+    parallel_for_rows(T, K * T, [=](int64_t i_T) {
         sweep(K, [&](auto i_K) {
             store(h + i_T * h_T, i_K, to<E>(load(x + i_T * x_T, i_K) + load(residual + i_T * residual_T, i_K)));
         });

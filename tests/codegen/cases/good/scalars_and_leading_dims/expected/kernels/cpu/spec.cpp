@@ -22,7 +22,7 @@ SAGE_KERNEL(scale_by_one) {
     const float* s = (const float*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[5];
-    parallel_for_rows(N * R, D * N * R, [&](int64_t row) {
+    parallel_for_rows(N * R, D * N * R, [=](int64_t row) {
         const int64_t i_R = row / N, i_N = row % N;
         sweep(D, [&](auto i_D) {
             const auto heads = to<E>(load(x + i_R * x_R + i_N * x_N, i_D) * widen(s[0]));
