@@ -38,6 +38,7 @@ FUNCTIONS = (
         "product",
     }
     | {"load_rows", "score_keys", "score_latent", "split_length", "why_reference"}
+    | {"by_group", "configuration", "decoded", "field", "stored", "weight_tile"}
     | {"online_softmax", "os", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}
     | {
         "amax",
@@ -65,7 +66,7 @@ PREFIXES = ("has_", "reference_")
 """`has_w` is a size of costs, 1 if the operand is present; `reference_linear` is an import of Triton modules."""
 CLASSES = frozenset(
     {"AttrSpec", "AttrValue", "Callable", "Call", "Configuration", "DecodePlan", "Dim", "ElementType", "ExecutionGraph"}
-    | {"COVERED", "FunctionPass", "Mapping", "Routing", "TARGETS", "TEMPLATES", "Target"}
+    | {"CODED", "COVERED", "FunctionPass", "Mapping", "Routing", "TARGETS", "TEMPLATES", "Target"}
     | {"GraphWriter", "MemoryPass", "MergePass", "NamedTuple", "NearMiss", "NewCall", "OpNode", "OpType"}
     | {"OpTypeBase", "OptimizationPass", "PlacePass", "PrefetchPass", "Rewrite", "RewritePass", "Rule", "Share"}
     | {"StreamPass", "Tensor", "TensorRef", "Tile", "Where", "Any", "None", "True", "False"}

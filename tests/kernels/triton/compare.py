@@ -22,7 +22,9 @@ DEVICE = torch.device(os.environ.get("SAGELLM_CHECK_DEVICE", "cpu"))
 GUARD = 2048  # elements: more than a row of the checks, so that a store one row too far does not damage the heap
 NAN_BITS = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 NAN_BITS |= {torch.float64: 0x7FF8 << 48}
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+LEAST = -128
+"""The poison of integers of 8 bits, which no code of an activation is."""
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ROUNDED_LOGITS = {"lm_head", "lm_head_sample"}  # in float32, but rounded to the element type of the operands
 SPECIAL = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-40, 6e4, -6e4]
@@ -55,7 +57,13 @@ class Memory:
     def allocate(self, *sizes: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         count = prod(shape)
-        poison = NAN_BITS[dtype] + 1 + len(self.buffers) if dtype.is_floating_point else -7777777
+        poison = (
+            NAN_BITS[dtype] + 1 + len(self.buffers)
+            if dtype.is_floating_point
+            else LEAST
+            if dtype.itemsize == 1
+            else -7777777
+        )
         bits = torch.full((count + 2 * GUARD,), poison, dtype=INTEGERS[dtype.itemsize], device=device or DEVICE)
         self.buffers.append((bits, count, poison))
         return bits.view(dtype)[GUARD : GUARD + count].view(shape)

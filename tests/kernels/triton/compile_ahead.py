@@ -63,6 +63,7 @@ DISASSEMBLED |= {"_varlen_attention_kernel", "_add_rms_norm_linear_kernel", "_ad
 
 SIZES = {"R": 32, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
+SIZES |= {"C": 128, "G": 32}
 """Sizes of a model of 8 billion parameters, with experts; rows of LONG do not fit in one tile."""
 SIZES |= {"G": 4, "S": 3, "K": 8, "Dr": 64} if PACKAGE != "sageLLM.generated" else {}
 LONG = SIZES | {"H": 32768, "I": 32768}
