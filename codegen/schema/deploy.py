@@ -16,6 +16,29 @@ ROLE_SETS: tuple[frozenset[str], ...] = (
 LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A label of DNS, as names of objects in Kubernetes must be."""
 ADDRESS = r"^[A-Za-z0-9_][A-Za-z0-9_.:-]*$"
+OPTION = r"^[a-z][a-z0-9]*([_-][a-z0-9]+)*$"
+TARGET_SETS = "omit it: every target sets the address of the API, loopback where no other host reaches it"
+OWN_FIELDS: dict[str, str] = {
+    "api_key": "omit it: no deployment contains a key; name a Secret by `secrets.api_key`, or set SAGELLM_API_KEY",
+    **dict.fromkeys(("host", "uds", "kv_host"), TARGET_SETS),
+    "port": "write `ports: {http: PORT}`",
+    **dict.fromkeys(("nnodes", "node_rank", "master_addr"), "write `nodes` and `hosts` of the role"),
+    "master_port": "write `ports: {engine: PORT}`",
+    "served_model_name": "write the field `served_model_name`",
+    "device": "write `device` of the role",
+    "pd": "write the field `mode`",
+    "af": "write the roles `attention` and `ffn`",
+    "num_ubatches": "write the field `num_ubatches`",
+    "kv_transport": "write the field `transport`",
+    **dict.fromkeys(("prefill_workers", "decode_workers"), "write `count` of the role"),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "prefill_tensor_parallel_size", "decode_tensor_parallel_size"),
+        "write `tp` of the role",
+    ),
+    "pipeline_parallel_size": "write `pp` of the role",
+    "enable_expert_parallel": "write `ep` of the role",
+}
+"""Options of `sagellm serve` that fields of a deployment set, and the remedy: a second value would replace theirs."""
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
 
@@ -158,6 +181,19 @@ class DeployFile(Strict):
     ports: PortsSpec = Field(default=PortsSpec(), description="ports")
     secrets: SecretsSpec = Field(default=SecretsSpec(), description="references to secrets")
     objective: ObjectiveSpec = Field(default=ObjectiveSpec(), description="service level objective")
+
+    @field_validator("options")
+    @classmethod
+    def _only_further_options(cls, options: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+        for name in options:
+            if not re.match(OPTION, name):
+                raise BrokenRule(
+                    f"'{name[:40]}' is not the name of an option",
+                    "write an option of `sagellm serve` without its hyphens, such as `dtype`",
+                )
+            if (remedy := OWN_FIELDS.get(name.replace("-", "_"))) is not None:
+                raise BrokenRule(f"`options` must not set `{name}`", remedy)
+        return options
 
     @field_validator("roles")
     @classmethod

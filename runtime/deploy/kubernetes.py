@@ -62,12 +62,16 @@ class LeaderWorkerSet:
 
 @dataclass(frozen=True, slots=True)
 class Manifests:
-    """Everything that a deployment needs in a cluster."""
+    """Everything that a deployment needs in a cluster.
+
+    Without a key of the API only pods with the label `sagellm/client: NAME` reach it, such as a gateway with keys.
+    """
 
     name: str
     image: str
     port: int
     sets: tuple[LeaderWorkerSet, ...]
+    has_api_key: bool = True
 
     @property
     def api_role(self) -> str:
@@ -78,7 +82,13 @@ class Manifests:
 def manifests(placement: Placement) -> Manifests:
     """The manifests of a deployment. Raises DeployError for one that cannot run there."""
     if has_engine_per_worker(placement):
-        return Manifests(placement.object_name, placement.image, placement.http_port, _sets_of_roles(placement))
+        sets = _sets_of_roles(placement)
+        return Manifests(placement.object_name, placement.image, placement.http_port, sets, has_api_key=False)
+    if placement.api_key is None:
+        raise DeployError(
+            f"{placement.name}: every pod reaches the API, which requires a key; add "
+            "`secrets: {api_key: {name: NAME, key: KEY}}`"
+        )
     found = engines(placement)
     role, options = found[0]  # engines of a role differ in their ports only, and each pod has its own
     return Manifests(
@@ -87,18 +97,17 @@ def manifests(placement: Placement) -> Manifests:
 
 
 def why_open(placement: Placement) -> str | None:
-    """What is missing so that the API refuses requests without a key, or None; Dynamo's frontend reads no keys."""
-    if has_engine_per_worker(placement):
-        return "Dynamo's frontend, which every pod reaches, reads no keys; let a gateway check them"
-    if placement.api_key is None:
-        return "every pod reaches the API without a key; set `secrets.api_key`"
-    return None
+    """The pods that reach the API without a key, or None; Dynamo's frontend reads no keys."""
+    if not has_engine_per_worker(placement):
+        return None
+    label = f"sagellm/client: {placement.object_name}"
+    return f"Dynamo's frontend reads no keys; pods with the label `{label}` reach it: let a gateway there check keys"
 
 
 def _set(placement: Placement, role: Role, options: Mapping[str, object], num_engines: int) -> LeaderWorkerSet:
     serve = _plain("sagellm", "serve", placement.model, *flags(options))
     server = _plain(*flags(server_options(placement, ALL_ADDRESSES, placement.http_port)))
-    variables = [] if placement.api_key is None else [Variable("SAGELLM_API_KEY", placement.api_key)]
+    variables = [Variable("SAGELLM_API_KEY", placement.api_key)]
     worker = None
     if role.nodes > 1:
         if placement.cluster_key is None:

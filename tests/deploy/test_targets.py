@@ -26,6 +26,7 @@ EXPECTED = Path(__file__).parent / "expected"
 NAMES = sorted(path.stem for path in (driver.BASE_SPECS / "deploy").glob("*.yaml"))
 COMMANDS: Any = typer.main.get_command(app)
 HEAD = "schema: deploy/v1\ndeploy: it\nsummary: It.\nmodel: m\n"
+SECRETS = "secrets: {api_key: {name: a, key: b}}\n"
 
 
 def written(folder: Path, text: str) -> Placement:
@@ -132,7 +133,7 @@ def test_prefill_and_decode_workers_are_pods_of_their_own() -> None:
 
 
 def test_devices_are_resources(tmp_path: Path) -> None:
-    placement = written(tmp_path, "roles: {both: {count: 3, tp: 4, device: cuda}}\n")
+    placement = written(tmp_path, "roles: {both: {count: 3, tp: 4, device: cuda}}\n" + SECRETS)
     group = read_manifests(render_target(placement, "kubernetes", "it"))[0]
     container = group.spec.leader_worker_template.worker_template.spec.containers[0]
     assert group.spec.replicas == 3 and container.resources.limits["nvidia.com/gpu"] == "4"
@@ -141,7 +142,8 @@ def test_devices_are_resources(tmp_path: Path) -> None:
 def test_texts_of_a_spec_stay_texts(tmp_path: Path) -> None:
     """Neither the YAML of a manifest nor Kubernetes' variables nor a shell take a model's name apart."""
     hostile = "$(HOME)/a b\"'\n- c: {d}"
-    placement = written(tmp_path, f"roles: {{both: {{}}}}\noptions: {{chat_template: {json.dumps(hostile)}}}\n")
+    text = f"roles: {{both: {{}}}}\noptions: {{chat_template: {json.dumps(hostile)}}}\n"
+    placement = written(tmp_path, text + SECRETS)
     group = read_manifests(render_target(placement, "kubernetes", "it"))[0]
     arguments = group.spec.leader_worker_template.worker_template.spec.containers[0].args
     assert arguments[arguments.index("--chat-template") + 1] == hostile.replace("$(", "$$(")
@@ -223,8 +225,11 @@ def _named(name: str, target: Target) -> tuple[Placement, Target, str]:
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
-        ("two_hosts", "every pod reaches the API without a key; set `secrets.api_key`"),
-        ("prefill_decode_pods", "Dynamo's frontend, which every pod reaches, reads no keys; let a gateway check them"),
+        (
+            "prefill_decode_pods",
+            "Dynamo's frontend reads no keys; pods with the label `sagellm/client: prefill-decode-pods` reach it: "
+            "let a gateway there check keys",
+        ),
         ("replicas_h100", None),
     ],
 )
@@ -232,6 +237,41 @@ def test_pods_with_an_open_api_are_printed_with_a_warning(name: str, warning: st
     done = CliRunner().invoke(app, ["deploy", name, "--target", "kubernetes"])
     assert done.exit_code == 0
     assert done.stderr == ("" if warning is None else f"warning: {name}: {warning}\n")
+
+
+def test_pods_without_a_key_of_the_api_are_refused(tmp_path: Path) -> None:
+    placement = written(tmp_path, "roles: {both: {}}\n")
+    with pytest.raises(
+        DeployError, match=r"it: every pod reaches the API, which requires a key; add `secrets: .api_key"
+    ):
+        render_target(placement, "kubernetes", "it")
+
+
+def test_only_pods_with_a_label_reach_a_frontend_without_keys() -> None:
+    placement, source = find_placement("prefill_decode_pods")
+    *_, policy = read_manifests(render_target(placement, "kubernetes", source))
+    assert all("from" in rule for rule in policy.spec["ingress"])
+    sources = [one["podSelector"]["matchLabels"] for rule in policy.spec["ingress"] for one in rule["from"]]
+    name = "prefill-decode-pods"
+    assert sources == [{"app.kubernetes.io/name": name}, {"sagellm/client": name}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("host: 0.0.0.0", "`options` must not set `host`"),
+        ("uds: /tmp/socket", "`options` must not set `uds`"),
+        ("api_key: secret", "`options` must not set `api_key`"),
+        ("api-key: secret", "`options` must not set `api-key`"),
+        ("'api-key=secret': true", "'api-key=secret' is not the name of an option"),
+        ("kv-host: 0.0.0.0", "`options` must not set `kv-host`"),
+        ("tensor_parallel_size: 2", "`options` must not set `tensor_parallel_size`"),
+    ],
+)
+def test_options_that_another_field_sets_are_refused(tmp_path: Path, options: str, message: str) -> None:
+    """An option after those of the target would replace them: an address that all hosts reach, or a key in a file."""
+    with pytest.raises(ValueError, match=rf"(?s)error.SAGE013.: {message}.*= help: (omit it|write)"):
+        written(tmp_path, f"roles: {{both: {{}}}}\noptions: {{{options}}}\n")
 
 
 def test_a_file_that_is_missing_and_a_name_that_is_unknown() -> None:
