@@ -27,8 +27,8 @@ QUANTISE = REFERENCES["int8_activations"]
 MACHINES = ["avx512", "float32", *(["avx2", "plain"] if platform.machine() == "x86_64" else [])]
 FLAGS = {"avx2": ("-march=x86-64-v3",), "plain": ("-march=x86-64",)}
 ALL = {"int8": torch.bfloat16, "int6": torch.float32}
-"""Forms and element types of every machine; this one has two more."""
-FORMS = ALL | {"int4": torch.float16, "fp4": torch.bfloat16}
+"""Forms and element types of every machine, each of which is compiled; this one has one more."""
+FORMS = ALL | {"int4": torch.float16}
 CASES = [(machine, form) for machine in MACHINES for form in (FORMS if machine == "avx512" else ALL)]
 
 

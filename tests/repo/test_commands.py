@@ -97,12 +97,12 @@ def test_graph_names_the_models_that_it_knows() -> None:
 def test_lint_prints_findings_as_text_and_as_json(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "x.yaml").write_text("schema: ops/v1\nops: {}\nopps: {}\n")
+    (folder / "x.yaml").write_text("schema: dims/v1\ndims: {Zz: a size}\ndimms: {}\n")
     done = sagellm("lint", "--specs", str(folder))
     assert done.exit_code == 100
     assert done.stdout == (
-        "mine/x.yaml:3:1: error[SAGE010]: unknown field 'opps'\n"
-        "    3 | opps: {}\n      | ^^^^\n   = help: did you mean 'ops'?\n"
+        "mine/x.yaml:3:1: error[SAGE010]: unknown field 'dimms'\n"
+        "    3 | dimms: {}\n      | ^^^^^\n   = help: did you mean 'dims'?\n"
     )
     found = json.loads(sagellm("lint", "--specs", str(folder), "--json").stdout)["diagnostics"]
     assert [one["code"] for one in found] == ["SAGE010"]
