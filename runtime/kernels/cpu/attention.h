@@ -56,7 +56,8 @@ inline AttentionTiles split_tiles(const AttentionCall<E>& call, const Keys& keys
     return tiles;
 }
 
-// Parallel over tiles: a thread computes some tiles one after another, and all parts of each.
+// Parallel over tiles: a thread computes some tiles one after another, and all parts of each. While it computes its
+// last one, it prefetches the first rows of the range of tiles that it takes next if all threads take turns.
 template <class Gemms, class E, class Keys, class Hooks>
 inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks,
                          const AttentionTiles& tiles) {
@@ -83,7 +84,9 @@ inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const H
     const int64_t parts = threads == 1 ? 1 : minimum(tiles.count, 8 * threads);
     parallel_for(parts, [&](int64_t i) {
         const Range range = split_range(tiles.count, 1, i, parts);
-        for (int64_t t = range.first; t < range.last; ++t) attend_tile(t, minimum(t + 1, range.last - 1));
+        const int64_t last = range.last - 1;
+        const int64_t after = i + threads < parts ? split_range(tiles.count, 1, i + threads, parts).first : last;
+        for (int64_t t = range.first; t < range.last; ++t) attend_tile(t, t < last ? t + 1 : after);
     });
 }
 

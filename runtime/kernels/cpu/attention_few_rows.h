@@ -26,29 +26,39 @@ namespace few_rows {
 
 constexpr int64_t MAX_ROWS = 6;  // with 4 vectors of sums for each row, operands fit into 32 registers
 
-// The keys or values of a step, as pointers to their rows, and the rows that are prefetched meanwhile: of each the line
-// that is as far from its beginning as the elements that are read, as long as rows of codes are not shorter.
+// The keys or values of a step, as pointers to their rows, and the rows that are prefetched meanwhile, each of them
+// line by line: memory is slower if lines of different rows take turns. Rows of which two steps do not fit into the L1
+// cache are prefetched to the L2 cache.
 struct Operand {
     const bf16* const* row;
     RowPrefetch ahead;
     int64_t width;
 
-    int64_t line(int64_t at) const { return minimum(at * (int64_t)sizeof(bf16), ahead.row_bytes() - 1); }
+    bool fits_l1() const { return 4 * KEYS * ahead.row_bytes() <= 32 * 1024; }
 };
+
+// Prefetches so many lines.
+inline void prefetch(RowPrefetch& ahead, bool to_l1, int64_t lines) {
+    if (to_l1)
+        ahead.lines(lines);
+    else
+        ahead.lines<2>(lines);
+}
 
 // scores[ROWS, KEYS] = queries[ROWS, depth] keys[KEYS, width]^T; queries are padded with zeros to `depth`. Sums of four
 // panels of keys take turns, so that the products of one need not wait for each other.
 template <int ROWS>
 __attribute__((noinline)) void multiply_keys(float* scores, const bf16* queries, int64_t depth, Operand keys) {
+    RowPrefetch ahead = keys.ahead;
+    const bool to_l1 = keys.fits_l1();
     for (int64_t at = 0; at < depth; at += DEPTH) {
         const __mmask32 columns = active_lanes(at, keys.width);
-        const int64_t line = keys.line(at);
         for (int64_t key = 0; key < KEYS; key += PANEL) {
             Floats words[LANES];
 #pragma GCC unroll 16
             for (int64_t lane = 0; lane < LANES; ++lane) {
                 words[lane] = (Floats)load_pairs(columns, keys.row[key + lane] + at);
-                keys.ahead.line(key + lane, line);
+                if (lane % 4 == 3) prefetch(ahead, to_l1, 4);
             }
             transpose(words);
             __m512 sum[ROWS];
@@ -71,6 +81,8 @@ __attribute__((noinline)) void multiply_keys(float* scores, const bf16* queries,
 template <int ROWS, int CHUNKS>
 __attribute__((noinline)) void add_values(float* sums, int64_t stride, const float* factors, const bf16* upper,
                                           const bf16* lower, Operand values) {
+    RowPrefetch ahead = values.ahead;
+    const bool to_l1 = values.fits_l1();
     for (int64_t at = 0; at < stride; at += CHUNKS * DEPTH) {
         __m512 sum[ROWS][CHUNKS][2];
 #pragma GCC unroll 6
@@ -92,8 +104,7 @@ __attribute__((noinline)) void add_values(float* sums, int64_t stride, const flo
                 const __mmask32 columns = active_lanes(at + c * DEPTH, values.width);
                 const __m512i a = load_pairs(columns, values.row[key] + at + c * DEPTH);
                 const __m512i b = load_pairs(columns, values.row[key + PANEL] + at + c * DEPTH);
-                values.ahead.line(key, values.line(at + c * DEPTH));
-                values.ahead.line(key + PANEL, values.line(at + c * DEPTH));
+                prefetch(ahead, to_l1, 2);
                 read[c][0] = (__m512bh)_mm512_unpacklo_epi16(a, b);
                 read[c][1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
             }
