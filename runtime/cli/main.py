@@ -255,6 +255,21 @@ def status(
 
 
 @app.command(rich_help_panel=RUN)
+def set_role(
+    number: Annotated[int, typer.Argument(help="Number of the worker, as `sagellm status` prints it.", min=0)],
+    role: Annotated[Literal["prefill", "decode"], typer.Argument(help="Its next role.")],
+    url: Annotated[str, typer.Option(help="URL of a running server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(help="Administrator's key of the server.", envvar="SAGELLM_ADMIN_API_KEY")
+    ] = None,
+) -> None:
+    """Let a prefill or decode worker of a running server finish its requests and take another role."""
+    from sageLLM.runtime.cli.set_role import set_worker_role
+
+    raise typer.Exit(set_worker_role(url, api_key, number, role))
+
+
+@app.command(rich_help_panel=RUN)
 def doctor(
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder to load and try.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server to ask.")] = None,

@@ -147,10 +147,15 @@ class DisaggregatedEngine(Engine):
 
     def workers(self) -> list[WorkerStatus]:
         """Number, role, state and load of each worker."""
+        if not self.has_work:
+            self._pipeline.settle()
         return self.group.workers()
 
     def set_role(self, number: int, role: Role) -> None:
-        """Lets a worker take another role while requests are served. ValueError for the last worker of its role."""
+        """Lets a worker take another role while requests are served: it drains and switches.
+
+        ValueError for an unknown worker, and for the last one of its role.
+        """
         self.group.set_role(number, role)
 
     def kv_stats(self) -> dict[str, KVStats]:

@@ -25,6 +25,7 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.member import WorkerStatus
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.plan import Role
 from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.worker.executor import Executor, StepResults
 from sageLLM.runtime.worker.faults import LOG, log_end, reason_of, reraise_unless_attributable
@@ -317,6 +318,10 @@ class Engine:
     def workers(self) -> list[WorkerStatus]:
         """Role, state and load of each prefill and decode worker; empty if the engine has none in processes."""
         return []
+
+    def set_role(self, number: int, role: Role) -> None:
+        """Lets a worker take another role while requests are served. ValueError if it cannot."""
+        raise ValueError("no worker has a role: the engine was not started with --prefill-workers and --decode-workers")
 
     def plan_steps(self) -> StepResults | None:
         """Plans as many steps as can be in flight; returns the results of the one that `step` will complete."""

@@ -88,12 +88,13 @@ class DisaggregatedPipeline:
         return None
 
     def settle(self) -> None:
-        """Completes the steps and copies in flight. Only for an engine without requests."""
+        """Completes steps, copies and changes of roles. Only for an engine without requests."""
+        self._finish()
+        self._dispatch()
         while any(one.has_steps for one in self._pipelines) or self._scheduler.transfers:
+            self._await_events(WAIT_SECONDS)
             self._finish()
             self._dispatch()
-            if any(one.has_steps for one in self._pipelines) or self._scheduler.transfers:
-                self._await_events(WAIT_SECONDS)
 
     def forget(self, request_id: str) -> None:
         """Lets the workers drop a sequence with their next order."""

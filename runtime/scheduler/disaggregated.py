@@ -138,7 +138,10 @@ class DisaggregatedScheduler:
         self.members[number].is_up = True
 
     def set_role(self, number: int, role: Role) -> None:
-        """Let a worker take another role when its requests have left. ValueError if its old role had no worker then."""
+        """Let a worker take another role when its requests have left.
+
+        ValueError for an unknown worker, and if its old role had no worker then.
+        """
         self._placement.set_role(number, role)
 
     # --- reports ---

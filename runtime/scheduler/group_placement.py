@@ -79,7 +79,12 @@ class Placement:
     # --- roles ---
 
     def set_role(self, number: int, role: Role) -> None:
-        """Let a worker take another role when its requests have left. ValueError if its old role had no worker then."""
+        """Let a worker take another role when its requests have left.
+
+        ValueError for an unknown worker, and if its old role had no worker then.
+        """
+        if not 0 <= number < len(self._members):
+            raise ValueError(f"the workers are 0 to {len(self._members) - 1}, got {number}")
         member = self._members[number]
         if role == (member.next_role or member.role):
             return

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sageLLM import __version__
-from sageLLM.runtime.server import anthropic, chat, completions, embeddings, responses, tokens
+from sageLLM.runtime.server import anthropic, chat, completions, embeddings, responses, tokens, workers
 from sageLLM.runtime.server.admission import Ticket
 from sageLLM.runtime.server.bodies import (
     ChatBody,
@@ -26,6 +26,7 @@ from sageLLM.runtime.server.bodies import (
     EmbeddingBody,
     MessagesBody,
     ResponsesBody,
+    RoleBody,
     TokenizeBody,
     decode_body,
     load_json,
@@ -117,6 +118,7 @@ class Router:
             post("/v1/messages/count_tokens", self._answered(CountTokensBody, anthropic.count_tokens)),
             post("/tokenize", self._answered(TokenizeBody, tokens.tokenize_text)),
             post("/detokenize", self._answered(DetokenizeBody, tokens.detokenize)),
+            post("/v1/workers/{number:int}/role", self._answered(RoleBody, workers.set_role)),
             get("/v1/models", self.models),
             get("/v1/models/{name:path}", self.model),
             get("/metrics", self.metrics),

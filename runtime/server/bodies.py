@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
+from sageLLM.runtime.scheduler.plan import Role
 from sageLLM.runtime.server.errors import ApiError
 
 T = TypeVar("T")
@@ -184,6 +185,12 @@ class EmbeddingBody(Struct, kw_only=True):
     dimensions: int | None = None
     truncate_prompt_tokens: int | None = None
     normalize: bool | None = None
+
+
+class RoleBody(Struct, kw_only=True):
+    """The body of /v1/workers/{number}/role."""
+
+    role: Role
 
 
 IGNORED = frozenset(

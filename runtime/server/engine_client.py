@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from sageLLM.runtime.server.messages import (
     Ready,
     Refused,
     Rejected,
+    RoleAccepted,
+    SetRole,
     SetTokenizer,
     Step,
     StepFailed,
@@ -101,7 +103,7 @@ class EngineClient:
         self._channel: Channel | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._arrived: dict[Inbox, list[Delta]] = {}  # not handed over yet
-        self._embeddings: dict[str, asyncio.Future[list[bytes]]] = {}
+        self._replies: dict[str, asyncio.Future[Any]] = {}  # of commands with one reply
         self._started: asyncio.Future[Ready] | None = None
         self._tokenizer: SetTokenizer | None = None
         self._restarting: asyncio.Task[None] | None = None
@@ -121,7 +123,7 @@ class EngineClient:
     @property
     def num_requests(self) -> int:
         """The requests that the engine has."""
-        return len(self._inboxes) + len(self._embeddings)
+        return len(self._inboxes) + len(self._replies)
 
     async def start(self) -> Ready:
         """Raises SageError if an input of the user prevents the start, and EngineError for any other reason."""
@@ -181,20 +183,26 @@ class EngineClient:
 
     async def embed(self, command: Embed) -> list[npt.NDArray[np.float32]]:
         """Raises RequestError or EngineError."""
+        return [np.frombuffer(one, np.float32) for one in await self._ask(command)]
+
+    async def set_role(self, command: SetRole) -> None:
+        """Returns when the worker has the role or drains for it. Raises RequestError and EngineError."""
+        await self._ask(command)
+
+    async def _ask(self, command: Embed | SetRole) -> Any:
         self._require_ready()
-        future: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
-        self._embeddings[command.request_id] = future
+        future = self._replies[command.request_id] = asyncio.get_running_loop().create_future()
         self._send(command)
         try:
-            return [np.frombuffer(one, np.float32) for one in await future]
+            return await future
         finally:
-            self._embeddings.pop(command.request_id, None)
+            self._replies.pop(command.request_id, None)
 
     def _require_ready(self) -> None:
         if self.state != "ready":
             raise EngineLostError(f"the engine is not ready ({self.state})")
 
-    def _send(self, command: Submit | Abort | Embed) -> None:
+    def _send(self, command: Submit | Abort | Embed | SetRole) -> None:
         if self._channel is not None and self.state == "ready":
             self._channel.send(command)
 
@@ -218,8 +226,9 @@ class EngineClient:
             case Rejected(request_id=request_id, message=message, param=param):
                 self._fail(request_id, RequestError(message, param))
             case Embedded(request_id=request_id, vectors=vectors):
-                if (future := self._embeddings.get(request_id)) is not None and not future.done():
-                    future.set_result(vectors)
+                self._reply(request_id, vectors)
+            case RoleAccepted(request_id=request_id):
+                self._reply(request_id, None)
             case StepFailed(request_ids=request_ids, message=message):
                 for request_id in request_ids:  # the engine has others in its queue
                     self._fail(request_id, EngineError(message))
@@ -274,12 +283,16 @@ class EngineClient:
         LOG.critical("the engine did not start %d times; the server ends", MAX_RESTARTS)
         self.gave_up.set()
 
+    def _reply(self, request_id: str, value: Any) -> None:
+        if (future := self._replies.get(request_id)) is not None and not future.done():
+            future.set_result(value)
+
     def _fail(self, request_id: str, error: Exception) -> None:
         if (inbox := self._inboxes.pop(request_id, None)) is not None:
             inbox.fail(error)
-        if (future := self._embeddings.get(request_id)) is not None and not future.done():
+        if (future := self._replies.get(request_id)) is not None and not future.done():
             future.set_exception(error)
 
     def _fail_all(self, error: Exception) -> None:
-        for request_id in [*self._inboxes, *self._embeddings]:
+        for request_id in [*self._inboxes, *self._replies]:
             self._fail(request_id, error)

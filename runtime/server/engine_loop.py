@@ -24,7 +24,9 @@ from sageLLM.runtime.server.messages import (
     Load,
     Ready,
     Rejected,
+    RoleAccepted,
     ScoredToken,
+    SetRole,
     SetTokenizer,
     Step,
     StepFailed,
@@ -104,6 +106,8 @@ class EngineLoop:
                 self._llm.engine.abort_answer(request_id, index, ABORTED)
             case Embed():
                 self._embed(command)
+            case SetRole():
+                self._set_role(command)
             case SetTokenizer(eos_ids=eos_ids, json=text, num_tokens=num_tokens):
                 self._llm.engine.add_eos_ids(frozenset(eos_ids))
                 if text is not None:
@@ -128,6 +132,15 @@ class EngineLoop:
             return
         self._waiting[command.request_id] = group
         self._num_sent.update({answer.request.request_id: 0 for answer in group.sequences})
+
+    def _set_role(self, command: SetRole) -> None:
+        try:
+            self._llm.engine.set_role(command.number, command.role)
+        except ValueError as error:
+            self._send(Rejected(command.request_id, str(error)))
+            return
+        self._send(Step([], load_of(self._llm)))
+        self._send(RoleAccepted(command.request_id))
 
     def _take_arrived(self, arrived: Arrived) -> None:
         assert self._handoff is not None

@@ -22,6 +22,8 @@ ID_PLACE = "(request id)"
 MAX_CACHED = 64
 """Encoded refusals; they differ in the numbers that they name."""
 PROTECTED = ("/v1/", "/v2/", "/inference/")
+ADMIN = "/v1/workers/"
+"""Requests of the operator."""
 
 
 class Gate:
@@ -29,7 +31,8 @@ class Gate:
 
     def __init__(self, service: Service, queued_paths: Collection[str]) -> None:
         self._service, self.settings = service, service.settings
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.api_key]
+        self._keys = [_digest(key.encode()) for key in service.settings.api_key]
+        self._admin_keys = [_digest(key.encode()) for key in service.settings.admin_api_key]
         self._queued_urls = {path.encode(): path for path in queued_paths}
         self._refusals: dict[tuple[int, int, str | None], tuple[bytes, bytes]] = {}
 
@@ -74,7 +77,10 @@ class Gate:
             return ApiError(431, f"a request must have at most {limit} headers, got {len(pairs)}")
         if sum(len(name) + len(value) for name, value in pairs) > self.settings.max_header_size:
             return self.too_long()
-        if not self._is_allowed(scope):
+        keys, is_admin = self._keys_of(scope)
+        if is_admin and self._keys and not keys:
+            return ApiError(403, "this needs an administrator's key; start the server with --admin-api-key")
+        if keys and not self._has_key(scope, keys):
             headers = {"WWW-Authenticate": "Bearer"}
             return ApiError(401, "the API key is missing or wrong", headers=headers, reason="auth")
         return None
@@ -99,16 +105,27 @@ class Gate:
         }
         ACCESS.log(level, "%s %s %d %.1f ms", method, path, status, 1e3 * seconds, extra=extra)
 
-    def _is_allowed(self, scope: Scope) -> bool:
-        """Whether the path is open or the key right; every key is compared, in constant time."""
-        if not self._keys or scope["method"] == "OPTIONS" or not f"{scope['path']}/".startswith(PROTECTED):
-            return True
+    def _keys_of(self, scope: Scope) -> tuple[list[bytes], bool]:
+        """The digests of the keys of a path, none of which is needed if there are none; whether it is an operator's."""
+        path = f"{scope['path']}/"
+        if scope["method"] == "OPTIONS" or not path.startswith(PROTECTED):
+            return [], False
+        is_admin = path.startswith(ADMIN)
+        return self._admin_keys if is_admin else self._keys, is_admin
+
+    @staticmethod
+    def _has_key(scope: Scope, keys: list[bytes]) -> bool:
+        """Whether the request has one of the keys; all are compared, in constant time."""
         kind, _, token = (header_of(scope, b"authorization") or "").partition(" ")
         if key := header_of(scope, b"x-api-key"):  # Anthropic's header
             kind, token = "bearer", key
-        digest = hashlib.sha256(token.encode("latin-1", "replace")).digest()
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        digest = _digest(token.encode("latin-1", "replace"))
+        matches = [hmac.compare_digest(digest, key) for key in keys]
         return any(matches) and kind.lower() == "bearer"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 METHODS = ("GET", "POST", "OPTIONS", "HEAD")

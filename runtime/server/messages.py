@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
+from sageLLM.runtime.scheduler.plan import Role
 
 ScoredToken = tuple[int, float, int]
 """A token id, its log-probability and its rank."""
@@ -47,6 +48,14 @@ class Embed(msgspec.Struct, tag="embed", frozen=True):
     normalize: bool | None = None
 
 
+class SetRole(msgspec.Struct, tag="set_role", frozen=True):
+    """Let the prefill or decode worker `number` take another role."""
+
+    request_id: str
+    number: int
+    role: Role
+
+
 class SetTokenizer(msgspec.Struct, tag="set_tokenizer", frozen=True):
     """Facts of the tokenizer: ids that end an answer, besides those of the configs; for grammars, its text."""
 
@@ -66,13 +75,13 @@ class Arrived(msgspec.Struct, tag="arrived", frozen=True):
     reason: str = ""
 
 
-Command = Submit | Abort | Embed | SetTokenizer | Arrived
+Command = Submit | Abort | Embed | SetRole | SetTokenizer | Arrived
 
 
 class HandoffSpec(msgspec.Struct, frozen=True):
     """The role of an engine that hands prompts over, the address on which it copies KV, and the policy without KV."""
 
-    role: Literal["prefill", "decode"]
+    role: Role
     host: str = "127.0.0.1"
     policy: Literal["recompute", "fail"] = "recompute"
 
@@ -171,7 +180,7 @@ class Step(msgspec.Struct, tag="step", frozen=True):
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
-    """A request is invalid (`param` names the field), or an embedding has failed; nothing of it was queued."""
+    """A command is invalid (`param` names the field), or an embedding has failed; nothing was queued or changed."""
 
     request_id: str
     message: str
@@ -185,6 +194,12 @@ class Embedded(msgspec.Struct, tag="embedded", frozen=True):
     vectors: list[bytes]
 
 
+class RoleAccepted(msgspec.Struct, tag="role_accepted", frozen=True):
+    """The worker has the role, or drains for it; a load with its state was sent before."""
+
+    request_id: str
+
+
 class StepFailed(msgspec.Struct, tag="step_failed", frozen=True):
     """A step failed for a reason that belongs to no single request: all that the engine had by then have ended."""
 
@@ -192,4 +207,4 @@ class StepFailed(msgspec.Struct, tag="step_failed", frozen=True):
     message: str
 
 
-Event = Ready | Refused | Crashed | Step | Rejected | Embedded | StepFailed
+Event = Ready | Refused | Crashed | Step | Rejected | Embedded | RoleAccepted | StepFailed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from sageLLM.runtime.server.bodies import (
     EmbeddingBody,
     MessagesBody,
     ResponsesBody,
+    RoleBody,
     TokenizeBody,
 )
 
@@ -28,6 +30,7 @@ POSTS: dict[str, tuple[type, str]] = {
     "/v1/embeddings": (EmbeddingBody, "Embed texts."),
     "/tokenize": (TokenizeBody, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeBody, "Text of token ids."),
+    "/v1/workers/{number}/role": (RoleBody, "Let a prefill or decode worker take another role; for operators."),
 }
 GETS = {
     "/v1/models": "The served models.",
@@ -65,18 +68,25 @@ def openapi(model_names: Sequence[str]) -> dict[str, Any]:
     for (path, (_, summary)), schema in zip(POSTS.items(), schemas, strict=True):
         answer = {"200": {"description": "The answer; an event stream with `stream`."}}
         body = {"required": True, "content": _json(schema)}
-        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": answer | failures}}
+        post = {"summary": summary, "requestBody": body, "responses": answer | failures}
+        paths[path] = {"post": post | _parameters(path)}
     for path, summary in GETS.items():
-        get: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": summary}} | failures}
-        if "{name}" in path:
-            get["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-        paths[path] = {"get": get}
+        get = {"summary": summary, "responses": {"200": {"description": summary}} | failures}
+        paths[path] = {"get": get | _parameters(path)}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"sageLLM: {', '.join(model_names)}", "version": __version__},
         "paths": paths,
         "components": {"schemas": {**components, "Error": ERROR}},
     }
+
+
+def _parameters(path: str) -> dict[str, Any]:
+    """The parameters that are parts of the path; `number` is an integer, and others are texts."""
+    names = re.findall(r"{(\w+)}", path)
+    kinds = {name: "integer" if name == "number" else "string" for name in names}
+    found = [{"name": name, "in": "path", "required": True, "schema": {"type": kinds[name]}} for name in names]
+    return {"parameters": found} if found else {}
 
 
 def _json(schema: Any) -> dict[str, Any]:

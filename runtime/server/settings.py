@@ -42,6 +42,10 @@ class ServerSettings:
     api_key: Annotated[
         list[str], Flag("A key that requests under /v1 must have (Authorization: Bearer KEY); can be repeated.")
     ] = field(default_factory=list)
+    admin_api_key: Annotated[
+        list[str],
+        Flag("A key that changes of roles must have instead; without one, they are refused if --api-key is set."),
+    ] = field(default_factory=list)
     allowed_origins: Annotated[
         list[str], Flag("An origin of web pages that may call the server (CORS, default: none); can be repeated.")
     ] = field(default_factory=list)
@@ -94,8 +98,9 @@ class ServerSettings:
                 return f"{name} must be {least}, got {value:g}"
         if not 0 <= self.port < 2**16:
             return f"port must be from 0 to 65535, got {self.port}"
-        if not all(self.api_key):
-            return "api_key must not be empty, as every request would have it"
+        for name, keys in (("api_key", self.api_key), ("admin_api_key", self.admin_api_key)):
+            if not all(keys):
+                return f"{name} must not be empty, as every request would have it"
         if not all(self.model_names):
             return "served_model_name must not be empty"
         if not re.fullmatch(r"[a-zA-Z_]\w*", self.metrics_namespace, re.ASCII):

@@ -32,6 +32,15 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.parametrize(
+    ("role", "text"),
+    [("decode", "no worker has a role: the engine was not started with"), ("both", "role: ")],
+)
+def test_roles_need_workers(server: TestServer, role: str, text: str) -> None:
+    answer = server.post("/v1/workers/0/role", {"role": role})
+    assert answer.status_code == 400 and text in answer.json()["error"]["message"], answer.text
+
+
 def test_a_completion_is_that_of_llm(server: TestServer, llm: LLM) -> None:
     [expected] = llm.generate("def main(", SamplingParams(max_tokens=12, temperature=0))
     body = server.post("/v1/completions", {"prompt": "def main(", "model": NAME, **GREEDY}).json()

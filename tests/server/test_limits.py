@@ -51,6 +51,12 @@ def test_api_keys(server: TestServer) -> None:
     assert refused.json()["error"]["type"] == "AuthenticationError" and refused.headers["www-authenticate"] == "Bearer"
 
 
+def test_roles_are_for_administrators(server: TestServer) -> None:
+    """The keys of users do not change them, and without a key for it nobody does."""
+    refused = server.post("/v1/workers/0/role", {"role": "decode"}, headers={"Authorization": "Bearer first"})
+    assert refused.status_code == 403 and "--admin-api-key" in refused.json()["error"]["message"]
+
+
 def test_cors_only_for_allowed_origins(server: TestServer) -> None:
     def origin(name: str) -> str | None:
         return server.get("/version", headers={"Origin": name}).headers.get("access-control-allow-origin")

@@ -17,13 +17,16 @@ from pathlib import Path
 import httpx2
 import pytest
 from servers import MODEL
+from typer.testing import CliRunner
 
+from sageLLM.runtime.cli.main import app
 from sageLLM.runtime.cli.status import read_metrics, status_lines
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the engine process in /proc")
 
 
-WORKERS = ("--pd", "strict", "--prefill-workers", "1", "--decode-workers", "1")
+WORKERS = ("--pd", "strict", "--prefill-workers", "2", "--decode-workers", "1")
+KEYS = ("--api-key", "user", "--admin-api-key", "admin")
 
 
 class ServeProcess:
@@ -39,7 +42,8 @@ class ServeProcess:
         found = re.search(r"serving \S+ at (http://\S+)/v1", self.text)
         assert found, self.text
         self.url, self.model = found[1], str(model)
-        self.http = httpx2.Client(base_url=self.url, timeout=120, trust_env=False)
+        headers = {"Authorization": "Bearer user"}
+        self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=120, trust_env=False)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -70,7 +74,7 @@ class ServeProcess:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServeProcess]:
-    found = ServeProcess("--log-format", "json", *WORKERS)
+    found = ServeProcess("--log-format", "json", *WORKERS, *KEYS)
     yield found
     if found.process.poll() is None:  # a test has failed, perhaps with a stopped engine, which does not see its end
         os.kill(found.engine_id, signal.SIGKILL)
@@ -103,7 +107,11 @@ def test_a_killed_engine(server: ServeProcess) -> None:
     assert server.http.get("/livez").status_code == 200
     wait_until(lambda: server.http.get("/readyz").status_code == 200)
     assert server.engine_id != killed
-    assert workers_of(server) == ["worker 0: prefill  running", "worker 1: decode   running"]
+    assert workers_of(server) == [
+        "worker 0: prefill  running",
+        "worker 1: prefill  running",
+        "worker 2: decode   running",
+    ]
     assert text_of(server.stream(8)) == text_of(answer)
 
 
@@ -111,6 +119,33 @@ def workers_of(server: ServeProcess) -> list[str]:
     """The lines of workers that `sagellm status` prints, up to the state."""
     wait_until(lambda: len(status_lines(read_metrics(server.url, None))) > 2)
     return [line[:26].strip() for line in status_lines(read_metrics(server.url, None))[2:]]
+
+
+def test_a_worker_changes_its_role_while_streams_run(server: ServeProcess) -> None:
+    """By an administrator: to decode, and back before it has drained or after; the streams do not notice."""
+    prompts = [f"def f{index}(" for index in range(12)]
+    expected = [text_of(server.stream(24, prompt)) for prompt in prompts]
+    for role in ("decode", "prefill"):
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            streams = [pool.submit(server.stream, 24, prompt) for prompt in prompts]
+            done = CliRunner().invoke(app, ["set-role", "1", role, "--url", server.url, "--api-key", "admin"])
+            assert done.exit_code == 0 and done.stdout.startswith("worker 1 is "), done.output
+            assert [text_of(stream.result()) for stream in streams] == expected
+        wait_until(lambda role=role: f"worker 1: {role:<8} running" in workers_of(server))
+
+
+@pytest.mark.parametrize(
+    ("key", "worker", "role", "text"),
+    [
+        ("admin", "2", "prefill", "worker 2 must keep its role: it is the only decode worker"),
+        ("admin", "3", "prefill", "the workers are 0 to 2, got 3"),
+        ("user", "1", "decode", "HTTP 401: the API key is missing or wrong"),
+    ],
+)
+def test_a_role_that_stays(server: ServeProcess, key: str, worker: str, role: str, text: str) -> None:
+    done = CliRunner().invoke(app, ["set-role", worker, role, "--url", server.url, "--api-key", key])
+    assert done.exit_code == 1 and text in done.stderr, done.output
+    assert not done.stdout
 
 
 def text_of(lines: list[str]) -> str:
