@@ -35,7 +35,7 @@ class DynamoEngine:
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> Any:
-        raise NotImplementedError("the command makes the engine")
+        raise TypeError("`sagellm dynamo-worker` makes the engine, from its own options")
 
     async def start(self, worker_id: int) -> Any:
         """Starts the process; returns what Dynamo's frontend and router must know of the engine."""

@@ -50,7 +50,7 @@ def decode_spec(data: bytes) -> EngineSpec:
 
 def _as_path(kind: type, value: Any) -> Any:
     if kind is not Path:
-        raise NotImplementedError(f"no decoder for {kind}")
+        raise TypeError(f"no decoder for {kind}")
     return Path(value)
 
 

@@ -41,12 +41,11 @@ def choose_planner(
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
     references = {**registry.kernels, **(overrides or {})}
-    why_not = why_no_triton(device)
-    if choice == "triton" and why_not:
+    if choice == "triton" and (why_not := why_no_triton(device)):
         raise SageError(f"kernels must not be 'triton' here: {why_not}; use auto")
     gpu = CudaApi() if device.type == "cuda" else None
     is_checked = red_zones.is_enabled()
-    if choice == "triton" or (choice == "auto" and gpu is not None and why_not is None):
+    if uses_triton(choice, device):
         if kv_form is not None:
             raise SageError(
                 f"kv_cache_dtype must be 'auto' with Triton kernels, got {kv_form.name!r}; or use kernels='reference'"
@@ -80,9 +79,14 @@ def native_callables(registry: Registry) -> dict[str, Kernel]:
     return found
 
 
+def uses_triton(choice: str, device: torch.device) -> bool:
+    """Whether the planner of a choice has Triton's kernels."""
+    return choice == "triton" or (choice == "auto" and device.type == "cuda" and why_no_triton(device) is None)
+
+
 def reads_codes(choice: str, device: torch.device) -> bool:
     """Whether the planner of a choice has kernels for weights of small codes."""
-    if choice == "triton" or (choice == "auto" and device.type == "cuda" and why_no_triton(device) is None):
+    if uses_triton(choice, device):
         return not red_zones.is_enabled()
     return device.type == "cpu" and choice in ("auto", "cpu")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight, codes_of
+from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight, GroupScales, codes_of, group_scales, values_of
 
 PART_BYTES, ROW_BYTES = 4, 16
 """Bytes to which parts and rows are aligned."""
@@ -72,27 +72,20 @@ class CodedTensor(Tensor):
 
     def decoded(self) -> Tensor:
         """The values, computed in float32 and rounded once."""
-        layout, rows, inner = self.code_layout, self.rows, self.shape[-1]
-        groups = -(-inner // layout.group)
-
-        def part(start: int, kind: torch.dtype) -> Tensor:
-            found = rows[..., start : start + groups * kind.itemsize].contiguous().view(kind)
-            return found.float().repeat_interleave(layout.group, -1)[..., :inner]
-
-        codes = _codes(rows, layout, inner)
-        if layout.is_fp8:
-            values = codes.view(torch.float8_e4m3fn).float()
-        elif layout.table >= 0:
-            table = rows[..., layout.table : layout.table + 4 * TABLE_SIZE].contiguous().view(torch.float32)
-            values = table.gather(-1, codes.long())
-        else:
-            values = codes.float() - layout.center
-        if layout.zeros >= 0:
-            values = values - part(layout.zeros, torch.int8)
-        values = values * part(0, next(kind for kind, name in SCALES.items() if name == layout.scales))
-        if layout.minima >= 0:
-            values = values - part(layout.minima, torch.float32)
+        layout, inner = self.code_layout, self.shape[-1]
+        scales = self._part(0, next(kind for kind, name in SCALES.items() if name == layout.scales))
+        minima, zeros = self._part(layout.minima, torch.float32), self._part(layout.zeros, torch.int8)
+        assert scales is not None
+        codes = _codes(self.rows, layout, inner)
+        values = values_of(codes, FORMS[self.form], layout.group, GroupScales(scales, minima, zeros))
         return values.to(self.dtype)
+
+    def _part(self, start: int, kind: torch.dtype) -> Tensor | None:
+        """A part of the rows with one number per group; None for an absent one."""
+        if start < 0:
+            return None
+        groups = -(-self.shape[-1] // self.code_layout.group)
+        return self.rows[..., start : start + groups * kind.itemsize].contiguous().view(kind)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -115,7 +108,9 @@ def coded_tensor(weight: CodedWeight, device: torch.device) -> CodedTensor:
     """The weight in the form of the kernels. Scales with factors are multiplied out, in float32."""
     form, inner = FORMS[weight.form], weight.shape[-1]
     codes = codes_of(weight.words, form, inner)
-    scales, minima, zeros = _scales(weight)
+    scales, minima, zeros = group_scales(weight)
+    if scales.dtype not in SCALES:  # powers of two
+        scales = scales.float().bfloat16()
     parts: dict[str, Tensor] = {"scales": scales}
     if minima is not None:
         parts["minima"] = minima
@@ -141,24 +136,6 @@ def coded_tensor(weight: CodedWeight, device: torch.device) -> CodedTensor:
     del starts["scales"]
     layout = CodeLayout(form.bits, center, is_fp8, weight.group, SCALES[scales.dtype], **starts)
     return CodedTensor(weight.shape, weight.dtype, rows, layout, weight.form)
-
-
-def _scales(weight: CodedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The scale, the minimum and the zero of each group; minima and zeros only if there are any."""
-    groups = weight.scales.shape[-1]
-
-    def by_group(factors: Tensor) -> Tensor:
-        return factors.float().repeat_interleave(-(-groups // factors.shape[-1]), -1)[..., :groups]
-
-    scales = weight.scales
-    if weight.factors is not None:
-        factors = by_group(weight.factors)
-        scales = scales.float() * factors if scales.dtype == torch.int8 else scales.float() / factors
-    elif scales.dtype not in SCALES:  # powers of two
-        scales = scales.float().bfloat16()
-    if weight.minima is not None and weight.zeros is not None:
-        return scales, weight.zeros.float() * by_group(weight.minima), None
-    return scales, None, weight.zeros
 
 
 def _joined(fields: Tensor, bits: int) -> Tensor:

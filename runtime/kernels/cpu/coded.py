@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,19 +170,46 @@ def decoded(weight: CodedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _values(weight: CodedWeight, inner: int) -> Tensor:
-    form, groups = FORMS[weight.form], weight.scales.shape[-1]
-    codes = codes_of(weight.words, form, inner)
-    scales = weight.scales.float()
+    form = FORMS[weight.form]
+    return values_of(codes_of(weight.words, form, inner), form, weight.group, group_scales(weight))
+
+
+class GroupScales(NamedTuple):
+    """The scale [..., N, groups] of each group of inputs, and its minimum or its zero."""
+
+    scales: Tensor
+    minima: Tensor | None = None
+    zeros: Tensor | None = None
+
+
+def group_scales(weight: CodedWeight) -> GroupScales:
+    """Those of a weight; scales and minima with factors are multiplied out, in float32."""
+    groups = weight.scales.shape[-1]
+
+    def by_group(factors: Tensor) -> Tensor:
+        return _spread(factors.float(), -(-groups // factors.shape[-1]), groups)
+
+    scales = weight.scales
     if weight.factors is not None:
-        factors = _spread(weight.factors.float(), -(-groups // weight.factors.shape[-1]), groups)
-        scales = scales * factors if weight.scales.dtype == torch.int8 else scales / factors
-    scales = _spread(scales, weight.group, inner)
+        factors = by_group(weight.factors)
+        scales = scales.float() * factors if scales.dtype == torch.int8 else scales.float() / factors
     if weight.minima is not None and weight.zeros is not None:
-        minima = weight.zeros.float() * _spread(weight.minima.float(), -(-groups // weight.minima.shape[-1]), groups)
-        return codes * scales - _spread(minima, weight.group, inner)
-    values = codes.int() - form.center if form.values is None else torch.tensor(form.values)[codes.int()]
-    if weight.zeros is not None:
-        values = values - _spread(weight.zeros.int(), weight.group, inner)
+        return GroupScales(scales, minima=weight.zeros.float() * by_group(weight.minima))
+    return GroupScales(scales, zeros=weight.zeros)
+
+
+def values_of(codes: Tensor, form: Form, group: int, by_group: GroupScales) -> Tensor:
+    """The float32 values of unsigned codes [..., N, K]."""
+    inner = codes.shape[-1]
+    scales = _spread(by_group.scales.float(), group, inner)
+    if by_group.minima is not None:
+        return codes * scales - _spread(by_group.minima, group, inner)
+    if form.values is None:
+        values = codes.float() - form.center
+    else:
+        values = torch.tensor(form.values, dtype=torch.float32, device=codes.device)[codes.int()]
+    if by_group.zeros is not None:
+        values = values - _spread(by_group.zeros.float(), group, inner)
     return values * scales
 
 
