@@ -8,6 +8,7 @@ and an end marker with the number -1. Block hashes are the last 64 bits of the b
 """
 
 import json
+import logging
 import queue
 import threading
 import time
@@ -15,12 +16,14 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.kv.events import Cleared, KVEvent, KVEventLog, Removed, Stored
 
+LOG = logging.getLogger("sagellm")
 MEDIUM = "GPU"
 """The tier of a block in vLLM's events; it means the memory of the device, whatever that is."""
 END = (-1).to_bytes(8, "big", signed=True)
@@ -139,6 +142,8 @@ class KVEventPublisher:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise SageError(f"kv_events_config: {config.endpoint} or {config.replay_endpoint}: {error}") from None
+        for endpoint in filter(is_open, (config.endpoint, config.replay_endpoint)):
+            LOG.warning("other hosts can read prompts at %s; let a firewall admit the router only", endpoint)
         self._thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
         self._thread.start()
 
@@ -185,6 +190,11 @@ class KVEventPublisher:
             if number >= first:
                 self._replay.send_multipart((peer, b"", number, payload))
         self._replay.send_multipart((peer, b"", END, b""))
+
+
+def is_open(endpoint: str | None) -> bool:
+    """Whether other hosts can connect to an address of this one: one of all interfaces."""
+    return endpoint is not None and urlsplit(endpoint).hostname in ("*", "0.0.0.0", "::")
 
 
 def _open(socket: Any, endpoint: str) -> None:

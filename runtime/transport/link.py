@@ -16,10 +16,13 @@ from multiprocessing.connection import Connection, wait
 
 from sageLLM.runtime.transport.channel import answer_challenge
 from sageLLM.runtime.transport.frames import FrameError, Reply, receive_header
-from sageLLM.runtime.transport.sockets import acknowledged_bytes, is_idle, limit_waits, shut
+from sageLLM.runtime.transport.sockets import acknowledged_bytes, connect, is_idle, limit_waits, shut
 
 SECONDS = 60.0
 """A connection without progress for so long is closed."""
+HANDSHAKE_SECONDS = 5.0
+STALL_SECONDS = 1.0
+"""A connection without progress for so long is not used again after one of its pieces was cancelled."""
 
 
 class Answers:
@@ -55,19 +58,20 @@ class Link:
     sent only the sender has a limit, as layers that are computed one after another take any time together.
     """
 
-    def __init__(self, address: str, key: bytes) -> None:
-        """Raises OSError, and AuthenticationError if the other end does not have the key."""
-        host, _, port = address.rpartition(":")
-        self.stream = socket.create_connection((host, int(port)), timeout=SECONDS)
+    def __init__(self, address: str, key: bytes, is_wanted: Callable[[], bool]) -> None:
+        """Connects while it `is_wanted`. Raises OSError, and AuthenticationError if the other end has another key."""
+        self.stream = connect(address, SECONDS, is_wanted)
         try:
-            limit_waits(self.stream, SECONDS)
+            limit_waits(self.stream, HANDSHAKE_SECONDS)
             with Connection(os.dup(self.stream.fileno())) as connection:
                 answer_challenge(connection, key)
+            limit_waits(self.stream, SECONDS)
         except BaseException:
             self.stream.close()
             raise
         self._lock, self._is_open = threading.Lock(), True
         self._is_sending, self._progress_at = False, time.monotonic()
+        self._seen_at, self._seen = time.monotonic(), 0
         self._unanswered: deque[Answers] = deque()
         self._num_answers = self._last_progress = 0
         self._incoming = self.stream.dup()  # each thread closes its own descriptor
@@ -81,7 +85,19 @@ class Link:
     @property
     def progress(self) -> int:
         """Grows while the other end receives and answers."""
-        return acknowledged_bytes(self._incoming) + self._num_answers
+        found = acknowledged_bytes(self._incoming) + self._num_answers
+        if found != self._seen:
+            self._seen, self._seen_at = found, time.monotonic()
+        return found
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether an answer is due and the other end has received nothing for a while, by the looks at `progress`.
+
+        The kernel doubles its pauses between attempts then, so a new connection notices earlier that a link is back.
+        """
+        _ = self.progress
+        return bool(self._unanswered) and time.monotonic() - self._seen_at >= STALL_SECONDS
 
     def expect(self, answers: Answers) -> None:
         """The next piece is about to be sent. Raises OSError after the end of the connection."""

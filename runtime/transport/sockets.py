@@ -21,7 +21,29 @@ MAX_PARTS = os.sysconf("SC_IOV_MAX")
 MAX_CONNECTIONS = 256
 """Connections of a listener at the same time, with those that have not proved yet that they have the key."""
 PAUSE_SECONDS = 0.5
-"""The pause after a connection that could not be accepted, such as for lack of file descriptors."""
+"""The pause after a connection that could not be made or accepted, such as for lack of file descriptors."""
+
+
+CONNECT_SECONDS = 1.0
+"""The time for one attempt. The kernel doubles its pauses within one, and would notice late that a link is back."""
+_UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT)
+
+
+def connect(address: str, seconds: float, is_wanted: Callable[[], bool]) -> socket.socket:
+    """A connection to "HOST:PORT". A host that cannot be reached is tried again while the connection `is_wanted`.
+
+    Raises OSError after so many seconds, when it is not wanted any more, and at once for a refused connection.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+        except OSError as error:
+            is_unreachable = isinstance(error, TimeoutError) or error.errno in _UNREACHABLE
+            if not is_unreachable or not is_wanted() or time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE_SECONDS)
 
 
 class Connections:

@@ -76,7 +76,7 @@ class TcpTransport(QueuedTransport):
         super()._push(handle, signed, address, gate)
 
     def _send(self, handle: Handle, signed: SignedHandle, route: Route, address: str, layers: LayerGroups) -> int:
-        link = self._link(address)
+        link = self._link(address, handle.key)
         self._sending = handle.key, link
         self._used.append(link)
         digest, span = 0, self.pool.span(handle.start, handle.num_tokens, handle.source.blocks)
@@ -124,19 +124,22 @@ class TcpTransport(QueuedTransport):
     def _digest_of(self, route: Route, handle: Handle) -> int | None:
         return self._receiver.take_digest(handle.key, route.source)
 
-    def _link(self, address: str) -> Link:
+    def _link(self, address: str, key: PieceKey) -> Link:
         link = self._links.get(address)
         if link is not None and link.is_open:
             return link
         for ended in [one for one, other in self._links.items() if not other.is_open]:
             self._links.pop(ended).drop()
-        self._links[address] = link = Link(address, self._place.key)
+        self._links[address] = link = Link(address, self._place.key, lambda: not self.is_cancelled(key))
         return link
 
     def _interrupt(self, key: PieceKey) -> None:
         sending = self._sending
         if sending is not None and sending[0] == key:
             sending[1].stop()
+        for link in self._unanswered.get(key, ()):
+            if link.is_stalled:
+                link.stop()
 
     def _settle(self, key: PieceKey) -> None:
         self._receiver.settle(key)

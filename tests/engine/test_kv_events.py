@@ -193,3 +193,12 @@ def test_an_address_that_is_taken_is_named() -> None:
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(SageError, match=f"kv_events_config: {endpoint} or None: Address already in use"):
             KVEventPublisher(KVEventsConfig(endpoint=endpoint), BLOCK)
+
+
+@pytest.mark.parametrize(("host", "warned"), [("*", True), ("127.0.0.1", False)])
+def test_a_warning_for_an_open_address(host: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens of prompts are in the events, and ZeroMQ's sockets ask nobody for a key."""
+    config = read_config({"enable_kv_cache_events": True, "endpoint": f"tcp://{host}:0", "replay_endpoint": None})
+    assert config is not None
+    KVEventPublisher(config, 16).close()
+    assert ("let a firewall admit the router only" in caplog.text) == warned
