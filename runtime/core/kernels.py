@@ -58,10 +58,6 @@ class NativeKernel:
     caches: tuple[str, ...] = ()
 
     @property
-    def symbol(self) -> str:
-        return f"sage_{self.op.op}"
-
-    @property
     def is_collective(self) -> bool:
         """Whether the ranks of a group must all call it."""
         return "collective" in self.op.tags

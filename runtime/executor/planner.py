@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -18,7 +18,14 @@ from sageLLM.runtime.executor.device_api import DeviceApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.recorder import StepRecorder
-from sageLLM.runtime.executor.native.weights import Weight, decode_weights, for_references, gates_of, pack_weights
+from sageLLM.runtime.executor.native.weights import (
+    Weight,
+    decode_weights,
+    for_references,
+    gates_of,
+    pack_weights,
+    uses_of,
+)
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.coded_tensor import coded_tensor
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight
@@ -210,8 +217,9 @@ class NativePlanner:
         """
         if self._fallback is None:
             try:
-                runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
-                pack_weights(weights, ties, graphs, runner)
+                gates = gates_of(graphs, ties, self._found_runner())
+                packed = {*gates, *(name for name, to in ties.items() if to in gates)}
+                pack_weights(weights, ties, graphs, self._built_runner(graphs, weights, packed))
             except CompileError as error:
                 self._fall_back(error)
         decode_weights(weights, ties, self._kernels)
@@ -225,8 +233,7 @@ class NativePlanner:
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         if self._fallback is None:
             try:
-                runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
-                return gates_of(graphs, ties, runner)
+                return gates_of(graphs, ties, self._built_runner(graphs, {}, ()))
             except CompileError as error:
                 self._fall_back(error)
         return {}
@@ -254,20 +261,23 @@ class NativePlanner:
         # The statistics list is shared: plans made before the failure keep their entries.
         self._fallback.stats, self.name = self.stats, self._fallback.name
 
-    def _built_runner(self, ops: Iterable[str]) -> NativeRunner:
-        """The runner, with the kernels of these ops built."""
+    def _found_runner(self) -> NativeRunner:
         if self._runner is None:
             self._runner = self._make_runner()
-        by_form: dict[str | None, dict[str, None]] = {}
-        for op in ops:
-            kernel = self._runner.kernels.get(op)
-            by_form.setdefault(self._kv_form if kernel is not None and kernel.caches else None, {})[op] = None
-        for form, names in by_form.items():
-            self._runner.prepare(names, self._dtype, form)
         return self._runner
 
+    def _built_runner(
+        self, graphs: Iterable[ExecutionGraph], weights: Mapping[str, Weight], packed: Container[str]
+    ) -> NativeRunner:
+        """The runner, with the kernels of these graphs built for the weights; `packed` are or will be packed."""
+        runner = self._found_runner()
+        nodes = (node for graph in graphs for node in graph.nodes.values())
+        runner.prepare(uses_of(nodes, runner.kernels, weights, packed, self._dtype, self._kv_form))
+        return runner
+
     def _native_plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None) -> NativePlan:
-        runner = self._built_runner(node.op for node in graph.nodes.values())
+        packed = {name for name, weight in bound.items() if isinstance(weight, PackedWeight)}
+        runner = self._built_runner([graph], bound, packed)
         plan = NativePlan(graph, runner, self._kernels, bound, arena, recorder=self.recorder)
         self.stats.append(KernelStats(graph.graph_id, plan.num_native_calls, plan.python_calls))
         return plan

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from sageLLM import LLM, SamplingParams
 from sageLLM.codegen import driver
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded
+from sageLLM.runtime.kernels.cpu.native import KernelUse, NativeRunner
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.registry.plugins import load_registry
 from tests.formats import packers
@@ -87,6 +88,25 @@ def test_weights_stay_packed_in_kernels_of_16_bits(make_checkpoint: MakeCheckpoi
     found, expected = answers(folder, dtype="bfloat16"), answers(folder, dtype="bfloat16", kernels="reference")
     for (_, one), (_, other) in zip(found, expected, strict=True):
         assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=0.05)
+
+
+def test_kernels_are_built_for_the_forms_of_the_weights_alone(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products of codes take seconds to compile, and those of floats are then not called."""
+    folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, "packed, 8 bits")
+    found: set[KernelUse] = set()
+    prepare = NativeRunner.prepare
+
+    def record(runner: NativeRunner, uses: Iterable[KernelUse]) -> None:
+        found.update(wanted := list(uses))
+        prepare(runner, wanted)
+
+    monkeypatch.setattr(NativeRunner, "prepare", record)
+    answers(folder, dtype="bfloat16")
+    forms = {use.op: {one.form for one in found if one.op == use.op} for use in found}
+    assert forms["linear"] == forms["linear_silu_mul"] == {"int8"}
+    assert forms["lm_head_sample"] == forms["rms_norm"] == {None}
 
 
 @pytest.mark.parametrize(

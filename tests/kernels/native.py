@@ -1,10 +1,10 @@
 """Shared helpers of the tests of native kernels: the callables of one library, and distances in ulps."""
 
+import ctypes
 import platform
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
@@ -37,8 +37,8 @@ class FreshLibrary(Library):
         super().__init__(cpu.KERNELS, sources, found, flags)
         self._copies = folder
 
-    def _built(self, source: str, element: str, stop: Event | None = None, form: str | None = None) -> Path:
-        return Path(shutil.copy(super()._built(source, element, stop, form), self._copies))
+    def _load(self, path: Path) -> ctypes.CDLL:
+        return super()._load(Path(shutil.copy(path, self._copies)))
 
 
 @lru_cache(maxsize=256)

@@ -1,14 +1,15 @@
 """Loader of native kernels: one op from its spec entry to torch, compiled once."""
 
 import ctypes
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from sageLLM.generated.kernels import cpu, reference
-from sageLLM.runtime.kernels.cpu import compiler
-from sageLLM.runtime.kernels.cpu.build import build
+from sageLLM.runtime.kernels.cpu import build_jobs, compiler
+from sageLLM.runtime.kernels.cpu.build import Target, build, built, load
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable, row_strides
 from sageLLM.runtime.kernels.cpu.library import KernelError, Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
@@ -142,3 +143,76 @@ def test_leading_dims_become_rows_if_one_stride_describes_them(
 ) -> None:
     pattern = cpu.KERNELS["rms_norm"].op.input_types["x"]
     assert row_strides(pattern, shape, strides) == rows
+
+
+TWO = """#include "sage.h"
+using namespace sage;
+SAGE_KERNEL(one) { *(float*)tensors[0] = 1; }
+
+SAGE_KERNEL(one_more) { *(float*)tensors[0] = 2; }
+
+SAGE_KERNEL(third) { *(float*)tensors[0] = 3; }
+"""
+
+
+@needs_compiler
+def test_a_library_may_have_some_kernels_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that begins or ends another one is not taken for it; one library serves all who need less."""
+    monkeypatch.setenv("SAGELLM_CACHE_DIR", str(tmp_path / "cache"))
+    source = tmp_path / "two.cpp"
+    source.write_text(TWO)
+    target = Target(source, "f32")
+    some = build(source, "f32", found, kernels=["one_more", "third"])
+    assert target.kernels_of(some) == ["one_more", "third"]
+    assert [results(some, name) for name in target.kernels] == [
+        b"one: not compiled into this library", 2.0, 3.0
+    ]  # fmt: skip
+    assert built(target, found, ["third"]) == built(target, None, ["third"]) == some
+    assert built(target, found, ["one"]) is built(target, found) is None
+    whole = build(source, "f32", found)
+    assert [results(whole, name) for name in target.kernels] == [1.0, 2.0, 3.0]
+    assert built(target, found, ["one"]) == whole
+
+
+def results(library: Path, name: str) -> float | bytes:
+    """What a kernel writes, or its error."""
+    function, value = load(library)[f"sage_{name}"], ctypes.c_float(0)
+    function.restype = ctypes.c_char_p
+    message: bytes | None = function((ctypes.c_void_p * 1)(ctypes.addressof(value)), None, None)
+    return value.value if message is None else message
+
+
+@needs_compiler
+def test_only_the_kernels_that_are_needed_and_missing_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two models; a kernel that was not prepared comes with all others of its file."""
+    monkeypatch.setenv("SAGELLM_CACHE_DIR", str(tmp_path))
+    library = Library(cpu.KERNELS, SOURCES, found)
+    library.prepare(["rms_norm", "layer_norm", "rms_norm"], "f32")
+    library.prepare(["rms_norm", "rms_norm_1p", "split_qkv"], "f32")
+    target = Target(SOURCES / "norm.cpp", "f32")
+    in_files = sorted(target.kernels_of(path) for path in (tmp_path / "kernels").glob("*.so"))
+    assert in_files == [["rms_norm", "layer_norm"], ["rms_norm_1p"]]
+    assert library.jobs(["rms_norm_1p", "layer_norm"], "f32") == []
+    assert library.address("rms_norm", "f32") and built(target, found) is None
+    assert library.address("head_layer_norm", "f32") and built(target, found) is not None
+
+
+@needs_compiler
+def test_files_are_built_two_at_a_time_and_large_ones_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGELLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build_jobs.os, "cpu_count", lambda: 2)
+    order: list[tuple[str, int]] = []
+    meeting = threading.Barrier(2, timeout=60)
+
+    def record(source: Path, element: str, compiler: object, flags: tuple[str, ...], *_: object) -> Path:
+        meeting.wait()
+        order.append((source.stem, len(flags)))
+        return source
+
+    monkeypatch.setattr(build_jobs, "build", record)
+    library = Library(cpu.KERNELS, SOURCES, found)
+    jobs = library.jobs(["rms_norm", "linear", "paged_decode_attention"], "bf16")
+    build_jobs.build_all([*jobs, *library.jobs(["linear"], "bf16", "int4")], found)
+    assert ("linear", 1) in order[:2] and ("norm", 0) in order[2:] and len(order) == 4

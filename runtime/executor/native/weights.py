@@ -4,7 +4,7 @@ Weights are packed once, when a model is loaded, and only the packed form is kep
 other than the one in memory is made for the plan that requires it.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping
 from typing import TypeAlias
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
-from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.core.kernels import Kernel, NativeKernel
 from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded, pack_codes, unpacked
 from sageLLM.runtime.kernels.cpu.library import Library
-from sageLLM.runtime.kernels.cpu.native import NativeRunner
+from sageLLM.runtime.kernels.cpu.native import KernelUse, NativeRunner
 from sageLLM.runtime.kernels.cpu.packing import (
     PackedWeight,
     WeightMemory,
@@ -47,13 +47,10 @@ def pack_weights(
     """Replaces the weights that the graphs' GEMMs read by their packed form, one at a time to bound the peak memory.
 
     `ties` maps a tied weight to the weight that it shares. The values of large weights are lost, so `weights` must be
-    the only owner. Codes that no GEMM reads stay. Raises CompileError, and then changes nothing.
+    the only owner. Codes that no GEMM reads stay. Raises CompileError.
     """
-    graphs = list(graphs)
-    memory, gates_by_name = WeightMemory(), gates_of(graphs, ties, runner)
-    _build_forms(weights, ties, graphs, gates_by_name, runner)
-    num_freed = 0
-    for name, gates in gates_by_name.items():
+    memory, num_freed = WeightMemory(), 0
+    for name, gates in gates_of(graphs, ties, runner).items():
         held = weights.get(name)
         if held is not None and not isinstance(held, PackedWeight):
             # All names of a tied weight must get the same packed object, or both forms would stay in memory.
@@ -91,24 +88,27 @@ def for_references(weight: PackedWeight | CodedWeight, kernels: Mapping[str, Ker
     return values if weight.activations is None else with_int8_activations(values, kernels[INT8_ACTIVATIONS])
 
 
-def _build_forms(
+def uses_of(
+    nodes: Iterable[object],
+    kernels: Mapping[str, NativeKernel],
     weights: Mapping[str, Weight],
-    ties: Mapping[str, str],
-    graphs: Iterable[ExecutionGraph],
-    gates: Mapping[str, int],
-    runner: NativeRunner,
-) -> None:
-    """Builds the kernels of the ops that will read codes, by the form of the codes."""
-    ops: dict[tuple[str, str], set[str]] = {}
-    for node in (node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)):
-        for name in node.input_types:
-            ref = node.optional_input(name)
-            weight = "" if ref is None else ties.get(ref.name, ref.name)
-            held = weights.get(weight) if weight in gates else None
-            if ref is not None and isinstance(held, CodedWeight):
-                ops.setdefault((held.native, ref.dtype), set()).add(node.op)
-    for (form, element), names in ops.items():
-        runner.prepare(sorted(names), element, form)
+    packed: Container[str],
+    dtype: str,
+    kv_form: str | None,
+) -> Iterable[KernelUse]:
+    """The kernels of nodes, each once: in `dtype`, with the form of the caches, or of the codes of a packed weight.
+
+    `packed` are the weights that are packed, or will be. Tied weights are in it under all of their names.
+    """
+    found: dict[KernelUse, None] = {}
+    for node in nodes:
+        kernel = kernels.get(node.op) if isinstance(node, OpNode) else None
+        if isinstance(node, OpNode) and kernel is not None:
+            refs = [ref for name in node.input_types if (ref := node.optional_input(name)) is not None]
+            held = [weights.get(ref.name) for ref in refs if ref.name in packed]
+            codes = [one.native for one in held if isinstance(one, PackedWeight | CodedWeight) and one.native]
+            found[KernelUse(node.op, dtype, next(iter(codes), kv_form if kernel.caches else None))] = None
+    return found
 
 
 def gates_of(graphs: Iterable[ExecutionGraph], ties: Mapping[str, str], runner: NativeRunner) -> dict[str, int]:

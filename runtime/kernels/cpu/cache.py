@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -72,10 +72,11 @@ def _require_private(folder: Path) -> None:
         raise PermissionError(f"other users can write to {folder}")
 
 
-def find_library(folder: Path, prefix: str) -> Path | None:
-    """The newest intact library with a name of this prefix. Damaged ones are deleted. Raises OSError."""
+def find_library(folder: Path, prefix: str, accepts: Callable[[str], bool] = lambda name: True) -> Path | None:
+    """The newest intact library with an accepted name of this prefix. Damaged ones are deleted. Raises OSError."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".so")]
+        named = [entry for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".so")]
+    found = [entry for entry in named if accepts(entry.name)]
     found.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime_ns, reverse=True)
     for path in (Path(entry) for entry in found):
         if _is_intact(path):

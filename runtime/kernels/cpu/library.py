@@ -1,15 +1,14 @@
 """Loading of generated C++ kernels: a file is built when one of its ops is first used, per element type."""
 
 import ctypes
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.core.model.kv_form import KV_FORMS
-from sageLLM.runtime.kernels.cpu.build import build, is_built, load, symbol
+from sageLLM.runtime.kernels.cpu.build import Target, build, built, load, symbol
+from sageLLM.runtime.kernels.cpu.build_jobs import BuildJob, build_all
 from sageLLM.runtime.kernels.cpu.communicator import load_communicator
 from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler
 from sageLLM.runtime.kernels.cpu.point_to_point import load_point_to_point
@@ -49,7 +48,8 @@ class Library:
     ) -> None:
         self.kernels = kernels
         self._folder, self._compiler, self._flags = folder, compiler, flags
-        self._loaded: dict[tuple[str, str, str | None], ctypes.CDLL] = {}
+        self._paths: dict[Target, dict[str, Path]] = {}
+        self._loaded: dict[Path, ctypes.CDLL] = {}
 
     def address(self, op: str, element: str, *, unpacks: bool = False, form: str | None = None) -> int:
         """The address of the op's function, for calls from native code; built and loaded first. Raises CompileError.
@@ -58,13 +58,15 @@ class Library:
         codes of that form (`PackedWeight.native`, `coded.h`), or the KV caches do (`kv_forms.h`); no op reads both.
         """
         kernel = self.kernels[op]
-        name = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
+        name = f"{op}_packed" if unpacks else op
         return self._address(kernel.source, self._element(kernel, element), name, form)
 
     def microkernel(self, op: str, element: str, form: str | None = None) -> str:
         """The instruction set of the GEMM of an op, for weights of a form."""
         kernel = self.kernels[op]
-        function = symbol(self._file(kernel.source, self._element(kernel, element), form), "sage_microkernel")
+        target = self._target(kernel.source, self._element(kernel, element), form)
+        any_kernel = next(iter(self._paths.get(target, {})), op)
+        function = symbol(self._file(target, any_kernel), "sage_microkernel")
         function.restype = ctypes.c_char_p
         return str(function().decode())
 
@@ -74,37 +76,49 @@ class Library:
 
     def helper(self, source: str, name: str, element: str) -> Any:
         """A function of a hand-written source in the folder of this file."""
-        return kernel_function(self._address(str(HEADERS / source), element, f"sage_{name}"))
+        return kernel_function(self._address(str(HEADERS / source), element, name))
 
     def prepare(self, ops: Iterable[str], element: str, form: str | None = None) -> None:
-        """Builds the files of the ops, two at a time; an error or Ctrl-C stops all compilers. Raises CompileError.
+        """Builds the kernels of the ops that have not been built, and no others. Raises CompileError."""
+        build_all(self.jobs(ops, element, form), self._compiler)
 
-        Without files to build it starts no threads: where memory is full, Python would wait for them for ever.
-        """
-        kernels = [self.kernels[op] for op in ops if op in self.kernels]
-        files = dict.fromkeys((kernel.source, self._element(kernel, element)) for kernel in kernels)
-        missing = [file for file in files if not self._is_built(*file, form)]
-        if not missing:
-            return
-        stop = Event()
-        with ThreadPoolExecutor(2) as pool:
-            try:
-                list(pool.map(lambda file: self._built(file[0], file[1], stop, form), missing))
-            finally:
-                stop.set()
+    def jobs(self, ops: Iterable[str], element: str, form: str | None = None) -> list[BuildJob]:
+        """The libraries to build for the ops, without those of ops that seldom have to move data."""
+        wanted: dict[Target, set[str]] = {}
+        for op in ops:
+            kernel = self.kernels.get(op)
+            if kernel is not None and not kernel.parts:
+                target = self._target(kernel.source, self._element(kernel, element), form)
+                wanted.setdefault(target, set()).update([op] if kernel.unpacks is None else [op, f"{op}_packed"])
+        missing = {target: self._missing(target, names) for target, names in wanted.items()}
+        return [BuildJob(target, names) for target, names in missing.items() if names]
+
+    def _missing(self, target: Target, names: Set[str]) -> frozenset[str]:
+        """The kernels that no library has."""
+        if self._find(target, names):
+            return frozenset()
+        return frozenset(name for name in names if not self._find(target, {name}))
+
+    def _find(self, target: Target, names: Set[str]) -> bool:
+        """Whether these kernels have a library, which is checked once."""
+        paths = self._paths.setdefault(target, {})
+        if not names <= paths.keys() and (path := built(target, self._compiler, names)) is not None:
+            self._take(target, path)
+        return names <= paths.keys()
+
+    def _take(self, target: Target, path: Path) -> None:
+        paths = self._paths.setdefault(target, {})
+        paths |= {name: paths.get(name, path) for name in target.kernels_of(path)}
 
     def _element(self, kernel: NativeKernel, element: str) -> str:
         return element if kernel.element else ELEMENTS[0]
 
     def _address(self, source: str, element: str, name: str, form: str | None = None) -> int:
-        return ctypes.cast(symbol(self._file(source, element, form), name), ctypes.c_void_p).value or 0
+        function = symbol(self._file(self._target(source, element, form), name), f"sage_{name}")
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
 
-    def _is_built(self, source: str, element: str, form: str | None) -> bool:
-        is_loaded = (source, element, form) in self._loaded
-        return is_loaded or is_built(self._folder / source, element, self._compiler, self._flags_of(form))
-
-    def _built(self, source: str, element: str, stop: Event | None = None, form: str | None = None) -> Path:
-        return build(self._folder / source, element, self._compiler, self._flags_of(form), stop)
+    def _target(self, source: str, element: str, form: str | None) -> Target:
+        return Target(self._folder / source, element, self._flags_of(form))
 
     def _flags_of(self, form: str | None) -> tuple[str, ...]:
         if form is None:
@@ -115,14 +129,25 @@ class Library:
         own = ("-DSAGE_INT8_ROWS=1",) if activations else ()
         return (*self._flags, f"-DSAGE_WEIGHT={codes}_codes", *own)
 
-    def _file(self, source: str, element: str, form: str | None) -> ctypes.CDLL:
-        key = source, element, form
-        if key not in self._loaded:
-            load_thread_pool(self._compiler)
-            kernels = [kernel for kernel in self.kernels.values() if kernel.source == source]
-            if any(kernel.is_collective for kernel in kernels):
-                load_communicator(self._compiler)
-            if any(kernel.is_point_to_point for kernel in kernels):
-                load_point_to_point(self._compiler)
-            self._loaded[key] = load(self._built(source, element, form=form))
-        return self._loaded[key]
+    def _file(self, target: Target, name: str) -> ctypes.CDLL:
+        """The loaded library with a kernel; all of the file is built if none has it, as further ones may follow."""
+        if self._find(target, {name}):
+            path = self._paths[target][name]
+        else:
+            path = build(target.source, target.element, self._compiler, target.flags)
+            self._take(target, path)
+        if path not in self._loaded:
+            self._load_what_it_uses(target.source.name)
+            self._loaded[path] = self._load(path)
+        return self._loaded[path]
+
+    def _load(self, path: Path) -> ctypes.CDLL:
+        return load(path)
+
+    def _load_what_it_uses(self, source: str) -> None:
+        load_thread_pool(self._compiler)
+        kernels = [kernel for kernel in self.kernels.values() if kernel.source == source]
+        if any(kernel.is_collective for kernel in kernels):
+            load_communicator(self._compiler)
+        if any(kernel.is_point_to_point for kernel in kernels):
+            load_point_to_point(self._compiler)
