@@ -115,6 +115,36 @@ def test_degenerate_blocks(name: str) -> None:
         assert fitted(format, single) is None, number
 
 
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_numbers_whose_squares_overflow_are_refused(name: str, sign: int) -> None:
+    """Sums of their squares are infinite, so that no error can be compared."""
+    format = WRITTEN[name]
+    for size in (1e10, 1e20, 1e37):
+        x = sign * size * torch.linspace(0.5, 1, block_len(format)).expand(2, -1)
+        assert fitted(format, x) is None, size
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("outlier", [-100.0, 100.0])
+def test_groups_next_to_an_outlier_are_not_worse_than_zeros(name: str, outlier: float) -> None:
+    """The scale of a small group rounds to 0 next to that of a large one: its numbers are then equal."""
+    format = WRITTEN[name]
+    assert format.written is not None and format.written.block is not None
+    x = 0.01 * torch.randn(64, block_len(format), generator=torch.Generator().manual_seed(0))
+    x[:, -1] = outlier
+    others = slice(0, block_len(format) - format.written.block.group)
+    assert ((written(format, x) - x)[:, others].norm() <= x[:, others].norm()).all()
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_numbers_below_the_least_scale_are_not_worse_than_zeros(name: str) -> None:
+    """Factors of super-blocks are below the least float16 there."""
+    x = torch.randn(64, block_len(WRITTEN[name]), generator=torch.Generator().manual_seed(0))
+    for size in (1e-5, 1e-6, 1e-7, 1e-8):
+        assert (written(WRITTEN[name], size * x) - size * x).norm() <= 1.01 * (size * x).norm(), size
+
+
 def test_recipes_choose_by_name_and_layer() -> None:
     """The layers of llama.cpp's Q4_K_M, and of numbers and shares of the layers."""
     recipes = METHODS["gguf"].recipes
