@@ -25,7 +25,7 @@ from sageLLM.codegen.link.expressions import (
 )
 from sageLLM.codegen.link.flat_layout import FlatModel, Located
 from sageLLM.codegen.model.layout import Check, ConfigName, ConfigType, ListKind
-from sageLLM.codegen.schema.models import ConfigField, Scalar
+from sageLLM.codegen.schema.models import ConfigField, Scalar, in_order
 
 REQUIRED_NAMES = ("H", "L", "Nq", "Nkv", "D", "V", "max_position")
 _RESERVED = frozenset(
@@ -152,7 +152,7 @@ def _link_origin(
 ) -> ConfigName:
     """The name with the value of its field `origin`: value, default or if_null."""
     field = located.value
-    keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
+    keys = in_order(field.hf)
     for key in keys:
         if not CONFIG_KEY.match(key.removeprefix("/")):
             sink.error(
@@ -205,7 +205,7 @@ def _link_list(
     """A list: either of any length, or with one value per layer, where the default may depend on the layer index."""
     field = located.value
     type_, items = _declared(field)
-    keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
+    keys = in_order(field.hf)
     origin = "value" if not keys else "default"
     raw = field.value if not keys else field.default
     found = ConfigName(name, keys, type_ or "int", False, None, None, doc, items)

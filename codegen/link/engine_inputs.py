@@ -15,7 +15,7 @@ from sageLLM.codegen.link.flat_layout import FlatModel, Located
 from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.model.layout import AlibiDef, CacheDef, ConfigName, InputDef, RopeDef
-from sageLLM.codegen.schema.models import AlibiSection, BaseFrequency, CacheSection, RopeSection
+from sageLLM.codegen.schema.models import AlibiSection, BaseFrequency, CacheSection, RopeSection, in_order
 
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TABLE_NAME = re.compile(r"[a-z][a-z0-9_]{0,15}\Z")
@@ -68,21 +68,22 @@ class EngineInputLinker:
             self.sink.error("SAGE204", f"expected a name for rotary tables, got '{name}'", located.key_span(), help)
             return None
         frequency = spec.base if isinstance(spec.base, BaseFrequency) else None
-        for key in (*(frequency.hf if frequency else ()), *(scaling.hf if scaling else ())):
+        base_keys, keys = (in_order(one.hf if one else None) for one in (frequency, scaling))
+        for key in (*base_keys, *keys):
             if not _KEY.fullmatch(key):
                 message = f"expected a key of config.json, got '{key}'"
                 self.sink.error("SAGE250", message, located.span(), "write key or outer.key")
         dim = self._size(located, spec.dim, "dim")
         if dim is None:
             return None
-        keys, allow = (tuple(scaling.hf), tuple(scaling.allow)) if scaling else ((), ())
+        allow = tuple(scaling.allow) if scaling else ()
         default = tuple(scaling.default.items()) if scaling and scaling.default else ()
         original = scaling.original if scaling else None
         read = {key.rpartition(".")[2] for found in self.config.values() for key in found.keys}
         return RopeDef(
             name,
             spec.layout,
-            tuple(frequency.hf) if frequency else (),
+            base_keys,
             frequency.default if frequency else None,
             dim,
             keys,

@@ -33,6 +33,7 @@ from sageLLM.codegen.model.layout import (
     WeightDef,
 )
 from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.schema.models import in_order
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _IGNORED = re.compile(r"\*?(?:[A-Za-z0-9_.-]|\{[A-Za-z]\w*(?:\.\.[A-Za-z]\w*)?\})+\*?\Z")
@@ -162,7 +163,7 @@ class ModelLinker:
                 tuple(spec.hf.model_types),
                 spec.hf.prefix or shared_prefix(own.values(), linked.values()),
                 spec.hf.outer_prefix,
-                {name: (one,) if isinstance(one, str) else tuple(one) for name, one in spec.hf.names.items()},
+                {name: in_order(one) for name, one in spec.hf.names.items()},
             ),
             config=config,
             checks=checks,

@@ -20,8 +20,13 @@ Value = Annotated[Annotated[Scalar, Tag("text")] | ListOf, Discriminator(_list_o
 ConfigTypeName = Literal[
     "int", "float", "bool", "str", "int[L]", "float[L]", "bool[L]", "str[L]", "int[]", "float[]", "bool[]", "str[]"
 ]  # fmt: skip
-Keys = Annotated[Text | Annotated[list[str], Tag("list")], Discriminator(shape_of)]
+Keys = Annotated[Text | Annotated[list[str], Field(min_length=1), Tag("list")], Discriminator(shape_of)]
 OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Discriminator(shape_of)]
+
+
+def in_order(keys: Keys | None) -> tuple[str, ...]:
+    """The keys of `hf: KEY` or `hf: [KEY, ...]` in the order in which they are tried."""
+    return (keys,) if isinstance(keys, str) else tuple(keys or ())
 
 
 class ArchitecturesSpec(Strict):
@@ -104,7 +109,7 @@ class ConfigField(Strict):
 class BaseFrequency(Strict):
     """Keys of config.json for the rotary base frequency."""
 
-    hf: list[str] = Field(min_length=1, description="keys, tried in order")
+    hf: Keys = Field(description="key, or a list of keys tried in order")
     default: float = Field(description="value if no key is present")
 
 
@@ -116,7 +121,7 @@ Base = Annotated[
 class ScalingSpec(Strict):
     """Keys of config.json for the rotary scaling, and the scaling types that the layout allows."""
 
-    hf: list[str] = Field(min_length=1, description="keys of the scaling section, tried in order")
+    hf: Keys = Field(description="key of the scaling section, or a list of keys tried in order")
     allow: list[str] = Field(min_length=1, description="scaling types that the layout accepts, such as yarn")
     default: dict[str, bool | int | float | str] | None = Field(
         default=None, description="the section if config.json has none"
