@@ -1,7 +1,7 @@
 """Text of a format's value in torch. Operands have their dims in one order, and are broadcast by name."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.model.format import (
     Binary,
@@ -19,6 +19,7 @@ from sageLLM.codegen.model.format import (
     Take,
     Value,
     parts,
+    walk,
 )
 
 _STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2}
@@ -28,10 +29,14 @@ TORCH = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "u8": "uint8", 
 
 @dataclass(frozen=True, slots=True)
 class FormatText:
-    """The function of one format: its arguments, its lines and its result."""
+    """The function of one format: its arguments, its lines and its result.
+
+    Text that `is_narrow` computes integers in 8 bits, modulo 256.
+    """
 
     format: FormatDef
     codes: Codes | None = None
+    is_narrow: bool = False
 
     @property
     def sizes(self) -> list[str]:
@@ -69,6 +74,7 @@ class FormatText:
             name = line.split(" = ")[0]
             if _occurs(name, text):
                 line = line.replace(".to(of)", "")
+                line = line.replace(".int()", "") if self._are_the_codes(name) else line
                 found = [line, *found] if line != f"{name} = {name}" else found
                 text = f"{line}\n{text}"
         return found
@@ -77,7 +83,17 @@ class FormatText:
     def code_results(self) -> list[str]:
         """The parts: codes [N, K], others [N, groups], or [E, N, ...]."""
         assert self.codes is not None, "the format has codes"
-        return [self._part(value) for value in self.codes.parts.values()]
+        codes = replace(self, is_narrow=True)
+        return [
+            codes._part(value) if name == "codes" and _is_modular(value) else self._part(value)
+            for name, value in self.codes.parts.items()
+        ]
+
+    def _are_the_codes(self, name: str) -> bool:
+        """Whether the codes are a stored tensor as it is."""
+        assert self.codes is not None, "the format has codes"
+        value = self.codes.parts["codes"]
+        return isinstance(value, Stored) and value.name == name
 
     def uses(self, name: str) -> bool:
         """Whether the function of the codes uses a name."""
@@ -188,7 +204,8 @@ class FormatText:
         """The expression and the strength of its outermost operator."""
         match value:
             case Stored(name=name) if self._is_in_blocks:
-                return name + _widened(next(one for one in self.format.tensors if one.name == name)), _ATOM
+                field = next(one for one in self.format.tensors if one.name == name)
+                return name if self.is_narrow and field.element in ("i8", "u8") else name + _widened(field), _ATOM
             case Stored(name=name) | Named(name=name):
                 return name, _ATOM
             case Constant(text=text):
@@ -197,6 +214,7 @@ class FormatText:
                 return self._binary(value)
             case Bits(x=x, width=width, dim=dim, order=order, run=run):
                 extra = f", order={order}" if order is not None else f", run={run}" if run > 1 else ""
+                extra += ", of=torch.uint8" if self.is_narrow else ""
                 words = x.name if isinstance(x, Stored) else self._text(x)[0]
                 return self._cut(f"bits({words}, {width}, {self._axis(x, dim)}{extra})", value, dim), _ATOM
             case Repeat(x=x, count=count, dim=dim):
@@ -251,6 +269,11 @@ class FormatText:
         if not extent.is_whole or dim not in self.format.weight:
             return text
         return f"{text}[{''.join(':, ' for _ in range(axis))}:{dim}]"
+
+
+def _is_modular(value: Value) -> bool:
+    """Whether the value modulo 256 is computed from its parts modulo 256."""
+    return not any(isinstance(one, Named) or (isinstance(one, Binary) and one.op not in "+-*") for one in walk(value))
 
 
 def _widened(one: StoredTensor) -> str:

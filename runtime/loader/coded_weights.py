@@ -119,7 +119,9 @@ def _joined(
     spec: WeightSpec, parts: Sequence[tuple[Part, CodedWeight]], dtype: torch.dtype, fill: Fill, tp: int
 ) -> CodedWeight:
     shape = torch.Size(share_shape(spec, tp))
-    first = parts[0][1]
+    part, first = parts[0]
+    if len(parts) == 1 and part.view is None and first.shape == shape and (tp == 1 or spec.shard is None):
+        return replace(first, dtype=dtype)
     names = {name: one for _, weight in parts for name, one in weight.parts.items()}
     # Rows of padding have scales of 0, and divisors of 1.
     found: dict[str, Any] = {

@@ -58,7 +58,10 @@ def coded(
         for name, one in _moved(form, format.codes.kind, parts).items():
             found.setdefault(name, []).append(one.flatten(0, -2))
     shape = torch.Size(sizes[dim] for dim in ROWS[format.weight])
-    whole: dict[str, Any] = {name: torch.cat(parts).view(*shape[:-1], -1) for name, parts in found.items()}
+    whole: dict[str, Any] = {
+        name: (torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()).view(*shape[:-1], -1)
+        for name, parts in found.items()
+    }
     if "minima" not in whole and not whole["zeros"].any():
         del whole["zeros"]
     whole["scales"] = _short(whole["scales"]) if "factors" not in whole else whole["scales"]
@@ -75,7 +78,8 @@ def _moved(form: Form, kind: str, parts: Mapping[str, Tensor | int]) -> dict[str
     scales = scales if scales.dim() == codes.dim() else scales.expand(*rows, 1)
     if form.values is None and not zeros.dim() and "minima" not in parts and int(zeros) != form.center:
         # A zero of all codes is moved to the center, unless the codes would leave their range.
-        moved = codes + (form.center - zeros)
+        codes, distance = _in_bytes(codes, kind, form), form.center - int(zeros)
+        moved = codes + (distance % 256 if codes.dtype == torch.uint8 else distance)
         if kind == "i8" or not (moved >> form.bits).any():
             codes, zeros = moved, torch.as_tensor(form.center)
     found = {"words": words_of(codes.view(torch.uint8) if kind == "f8" else codes, form)}
@@ -95,6 +99,13 @@ def _moved(form: Form, kind: str, parts: Mapping[str, Tensor | int]) -> dict[str
     else:
         zeros = zeros - form.center
     return found | {"zeros": zeros.expand(scales.shape).to(torch.int8)}
+
+
+def _in_bytes(codes: Tensor, kind: str, form: Form) -> Tensor:
+    """Codes without a sign, modulo 256 unless a sum could return to the range of the form without being seen."""
+    if codes.dtype == torch.int8:
+        codes = codes.view(torch.uint8)
+    return codes if kind == "i8" or form.bits < 8 else codes.int()
 
 
 def _with_factors(parts: Mapping[str, Tensor | int]) -> Mapping[str, Tensor | int]:

@@ -48,12 +48,12 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, header: GgufHeader, method: QuantMethod, values: Mapping[str, Callable[..., Any]]) -> None:
         self._values = values
-        self._data = np.memmap(header.path, np.uint8, "r")
+        self._path = header.path
         formats: dict[object, Format] = {kind: one for one in method.formats for kind in one.when["type"]}
         self._sources: dict[str, _Source] = {}
         for tensor in header.tensors.values():
             if tensor.name != ROPE_FACTORS:
-                format = _format_of(tensor, formats, header, self._data.size)
+                format = _format_of(tensor, formats, header, header.path.stat().st_size)
                 self._sources |= _sources(tensor, format, header)
         infos = {name: TensorInfo(name, one.shape, torch.float32, header.path) for name, one in self._sources.items()}
         super().__init__(header.path.parent, infos)
@@ -89,13 +89,15 @@ class GgufCheckpoint(Checkpoint):
         sizes = {"N": prod(source.shape[:-1]), "K": width, "B": int(source.format.sizes["B"])}
         row_bytes = width // sizes["B"] * (source.format.block_bytes or 0)
         start = source.tensor.start + source.start * row_bytes
-        # A private mapping would be writable; nothing writes to this one.
-        raw = torch.from_numpy(np.array(self._data[start : start + sizes["N"] * row_bytes], copy=True))
+        # Not mapped: pages of a mapping that were read count as memory of the process.
+        raw = torch.from_numpy(np.fromfile(self._path, np.uint8, sizes["N"] * row_bytes, offset=start))
+        if len(raw) != sizes["N"] * row_bytes:
+            raise CheckpointError(f"{self._path} was cut off while it was read; download it again")
         blocks = raw.view(sizes["N"], -1, source.format.block_bytes or 1)
         return replace(source.format, tensors=(_BLOCKS,)), {"blocks": blocks}, sizes
 
     def close(self) -> None:
-        """Nothing: the mapping lives as long as this object."""
+        """Nothing: the file is opened for each read."""
 
 
 def open_gguf(path: Path, method: QuantMethod, values: Mapping[str, Callable[..., Any]]) -> GgufCheckpoint:

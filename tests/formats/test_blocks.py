@@ -30,7 +30,7 @@ def parts_of(format: Format, blocks: Tensor, width: int) -> dict[str, Tensor]:
     assert format.codes is not None
     found = dict(zip(format.codes.parts, VALUES["gguf"][f"{format.name}_codes"](blocks, K=width), strict=True))
     zero = found.pop("zeros", 0)
-    return {**found, "codes": found["codes"] - zero}
+    return {**found, "codes": found["codes"].int() - zero}
 
 
 def fitted(format: Format, values: Tensor) -> dict[str, Tensor] | None:

@@ -8,8 +8,8 @@ import torch
 
 from sageLLM.generated.formats.values import VALUES
 from sageLLM.runtime.core.model.formats import Extent, StoredPart
-from sageLLM.runtime.kernels.cpu.coded import CodedWeight, decoded
-from sageLLM.runtime.loader.codes import coded
+from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight, decoded
+from sageLLM.runtime.loader.codes import _moved, coded
 from sageLLM.runtime.loader.common_codes import with_common_codes
 from tests.formats.gguf_files import FORMATS
 
@@ -78,3 +78,13 @@ def test_minima_that_would_overflow() -> None:
     assert large.factors is not None
     large = replace(large, factors=torch.full_like(large.factors, 6e4))
     assert with_common_codes([random_codes("q4_k", 1), large]) is None
+
+
+@pytest.mark.parametrize(("code", "zero", "moved"), [(0, 128, True), (1, 0, False), (255, 129, True), (0, 129, False)])
+def test_codes_of_8_bits_are_moved_to_the_center_unless_they_leave_a_byte(code: int, zero: int, *, moved: bool) -> None:
+    """Modulo 256 a sum that leaves the range would return to it."""
+    codes = torch.tensor([[code] * 16 + [200] * 16], dtype=torch.uint8)
+    parts = _moved(FORMS["int8"], "u8", {"codes": codes, "scales": torch.ones(1, 1), "zeros": zero})
+    weight = CodedWeight("int8", torch.Size((1, 32)), 32, parts["words"], parts["scales"], parts["zeros"])
+    assert torch.equal(decoded(weight), codes.float() - zero)
+    assert bool((parts["zeros"] == 0).all()) is moved

@@ -228,6 +228,18 @@ def test_a_file_that_is_cut_off(file: Path) -> None:
             LLM(file, skip_tokenizer=True)
 
 
+def test_a_file_is_not_mapped_and_may_be_cut_off_while_it_is_read(file: Path) -> None:
+    """Mapped pages would be memory of the process, and end it by SIGBUS when they are gone."""
+    checkpoint = open_gguf(file, METHODS["gguf"], VALUES["gguf"])
+    names = list(checkpoint)
+    assert all(checkpoint.read(name).numel() for name in names)
+    assert str(file) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    os.truncate(file, file.stat().st_size // 8)
+    with pytest.raises(CheckpointError, match=r"was cut off while it was read; download it again$"):
+        for name in names:
+            checkpoint.read(name)
+
+
 @pytest.mark.parametrize("base", ["x", -5.0, 0.0, math.inf, math.nan, [1.0]])
 def test_the_base_of_the_rotation_is_a_positive_number(base: object, file: Path) -> None:
     header = read_gguf_header(file)

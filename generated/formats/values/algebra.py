@@ -27,15 +27,23 @@ def block(*parts: Tensor) -> Tensor:
     return torch.cat([one.contiguous().view(torch.uint8) for one in parts], -1)
 
 
-def bits(words: Tensor, width: int, dim: int, *, order: Sequence[int] | None = None, run: int = 1) -> Tensor:
-    """The fields of `width` bits of each word along `dim`, as int32, the lowest first, or in an order.
+def bits(
+    words: Tensor,
+    width: int,
+    dim: int,
+    *,
+    order: Sequence[int] | None = None,
+    run: int = 1,
+    of: torch.dtype = torch.int32,
+) -> Tensor:
+    """The fields of `width` bits of each word along `dim`, as integers, the lowest first, or in an order.
 
     Within `run` words, the first fields of all words come before the second ones.
     """
     words = words.movedim(dim, -1)
     fields = words.element_size() * 8 // width
     runs = (words if words.dtype == torch.uint8 else words.to(torch.int32)).reshape(*words.shape[:-1], -1, run)
-    found = torch.empty(*runs.shape[:-1], fields, run, dtype=torch.int32)
+    found = torch.empty(*runs.shape[:-1], fields, run, dtype=of)
     for i, field in enumerate(range(fields) if order is None else order):  # faster than shifts in a tensor
         found[..., i, :] = runs >> field * width & (1 << width) - 1
     return found.flatten(-3).movedim(-1, dim)

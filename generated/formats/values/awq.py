@@ -33,7 +33,7 @@ def awq(
 def awq_codes(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, N: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of awq."""
     ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
-    return bits(qweight, 4, 1, order=ORDER)[:, :N].T, scales.T, bits(qzeros, 4, 1, order=ORDER)[:, :N].T
+    return bits(qweight, 4, 1, order=ORDER, of=torch.uint8)[:, :N].T, scales.T, bits(qzeros, 4, 1, order=ORDER)[:, :N].T
 
 
 # specs/formats/awq.yaml: awq

@@ -47,7 +47,7 @@ def packed(
 # specs/formats/compressed_tensors.yaml: compressed_tensors
 def packed_codes(weight_packed: Tensor, weight_scale: Tensor, *, K: int, b: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of packed."""
-    return bits(weight_packed, b, 1)[:, :K], weight_scale, (1 << b - 1)
+    return bits(weight_packed, b, 1, of=torch.uint8)[:, :K], weight_scale, (1 << b - 1)
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -85,7 +85,7 @@ def packed_zeros_codes(
     weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, *, N: int, K: int, b: int
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of packed_zeros."""
-    return bits(weight_packed, b, 1)[:, :K], weight_scale, bits(weight_zero_point, b, 0)[:N]
+    return bits(weight_packed, b, 1, of=torch.uint8)[:, :K], weight_scale, bits(weight_zero_point, b, 0)[:N]
 
 
 # specs/formats/compressed_tensors.yaml: compressed_tensors
@@ -111,7 +111,6 @@ def int8(weight: Tensor, weight_scale: Tensor, *, K: int, G: int, of: torch.dtyp
 # specs/formats/compressed_tensors.yaml: compressed_tensors
 def int8_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of int8."""
-    weight = weight.int()
     return weight, weight_scale
 
 
@@ -137,7 +136,6 @@ def int8_tensor(weight: Tensor, weight_scale: Tensor, *, of: torch.dtype = torch
 # specs/formats/compressed_tensors.yaml: compressed_tensors
 def int8_tensor_codes(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor | int, ...]:
     """Codes, scales of int8_tensor."""
-    weight = weight.int()
     weight_scale = weight_scale.reshape(())
     return weight, weight_scale
 
@@ -242,4 +240,4 @@ def nvfp4_codes(
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, factors of nvfp4."""
     weight_global_scale = weight_global_scale.reshape(())
-    return bits(weight_packed, 4, 1)[:, :K], weight_scale, weight_global_scale
+    return bits(weight_packed, 4, 1, of=torch.uint8)[:, :K], weight_scale, weight_global_scale

@@ -103,7 +103,7 @@ def q8_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 def q8_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of q8_0."""
     d, q = fields(blocks, Q8_0)
-    return joined(q.int(), 1, K), d
+    return joined(q, 1, K), d
 
 
 # specs/formats/gguf.yaml: gguf
@@ -132,7 +132,7 @@ def q4_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 def q4_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of q4_0."""
     d, q = fields(blocks, Q4_0)
-    return joined(bits(q, 4, 2, run=16), 1, K), d, 8
+    return joined(bits(q, 4, 2, run=16, of=torch.uint8), 1, K), d, 8
 
 
 # specs/formats/gguf.yaml: gguf
@@ -179,7 +179,13 @@ def q4_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     d, dmin, s, m, high, q = fields(blocks, Q4_K)
     scales = torch.cat([s.int() % 64, high.int() % 16 + 16 * (s.int() // 64)], 2)
     minima = torch.cat([m.int() % 64, high.int() // 16 + 16 * (m.int() // 64)], 2)
-    return joined(bits(q, 4, 2, run=32), 1, K), joined(scales, 1, K // 32), d, joined(minima, 1, K // 32), dmin
+    return (
+        joined(bits(q, 4, 2, run=32, of=torch.uint8), 1, K),
+        joined(scales, 1, K // 32),
+        d,
+        joined(minima, 1, K // 32),
+        dmin,
+    )
 
 
 # specs/formats/gguf.yaml: gguf
@@ -226,7 +232,7 @@ def q6_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros, factors of q6_k."""
     low, high, scales, d = fields(blocks, Q6_K)
     return (
-        joined(bits(low, 4, 2, run=64) + 16 * bits(high, 2, 2, run=32), 1, K),
+        joined(bits(low, 4, 2, run=64, of=torch.uint8) + 16 * bits(high, 2, 2, run=32, of=torch.uint8), 1, K),
         joined(scales.int(), 1, K // 16),
         32,
         d,
@@ -265,7 +271,7 @@ def q4_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 def q4_1_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, offsets of q4_1."""
     d, m, q = fields(blocks, Q4_1)
-    return joined(bits(q, 4, 2, run=16), 1, K), d, m
+    return joined(bits(q, 4, 2, run=16, of=torch.uint8), 1, K), d, m
 
 
 # specs/formats/gguf.yaml: gguf
@@ -298,7 +304,7 @@ def q5_0(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 def q5_0_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of q5_0."""
     d, high, q = fields(blocks, Q5_0)
-    return joined(bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2), 1, K), d, 16
+    return joined(bits(q, 4, 2, run=16, of=torch.uint8) + 16 * bits(high, 1, 2, of=torch.uint8), 1, K), d, 16
 
 
 # specs/formats/gguf.yaml: gguf
@@ -331,7 +337,7 @@ def q5_1(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 def q5_1_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, offsets of q5_1."""
     d, m, high, q = fields(blocks, Q5_1)
-    return joined(bits(q, 4, 2, run=16) + 16 * bits(high, 1, 2), 1, K), d, m
+    return joined(bits(q, 4, 2, run=16, of=torch.uint8) + 16 * bits(high, 1, 2, of=torch.uint8), 1, K), d, m
 
 
 # specs/formats/gguf.yaml: gguf
@@ -371,7 +377,7 @@ def q2_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, factors, minima, minimum_factors of q2_k."""
     s, q, d, dmin = fields(blocks, Q2_K)
     return (
-        joined(bits(q, 2, 2, run=32), 1, K),
+        joined(bits(q, 2, 2, run=32, of=torch.uint8), 1, K),
         joined(s.int() % 16, 1, K // 16),
         d,
         joined(s.int() // 16, 1, K // 16),
@@ -423,7 +429,12 @@ def q3_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros, factors of q3_k."""
     high, q, s, t, d = fields(blocks, Q3_K)
     scales = bits(s, 4, 2, run=8) + 16 * bits(t, 2, 2, run=4) - 32
-    return joined(bits(q, 2, 2, run=32) + 4 * bits(high, 1, 2, run=32), 1, K), joined(scales, 1, K // 16), 4, d
+    return (
+        joined(bits(q, 2, 2, run=32, of=torch.uint8) + 4 * bits(high, 1, 2, run=32, of=torch.uint8), 1, K),
+        joined(scales, 1, K // 16),
+        4,
+        d,
+    )
 
 
 # specs/formats/gguf.yaml: gguf
@@ -479,7 +490,7 @@ def q5_k_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     scales = torch.cat([s.int() % 64, high.int() % 16 + 16 * (s.int() // 64)], 2)
     minima = torch.cat([m.int() % 64, high.int() // 16 + 16 * (m.int() // 64)], 2)
     return (
-        joined(bits(q, 4, 2, run=32) + 16 * bits(top, 1, 2, run=32), 1, K),
+        joined(bits(q, 4, 2, run=32, of=torch.uint8) + 16 * bits(top, 1, 2, run=32, of=torch.uint8), 1, K),
         joined(scales, 1, K // 32),
         d,
         joined(minima, 1, K // 32),
@@ -558,4 +569,4 @@ def mxfp4(blocks: Tensor, *, K: int, of: torch.dtype = torch.float64) -> Tensor:
 def mxfp4_codes(blocks: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of mxfp4."""
     e, q = fields(blocks, MXFP4)
-    return joined(bits(q, 4, 2, run=16), 1, K), power_of_two(e.int(), torch.float32)
+    return joined(bits(q, 4, 2, run=16, of=torch.uint8), 1, K), power_of_two(e.int(), torch.float32)

@@ -42,7 +42,7 @@ def gptq_codes(
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of gptq."""
     zeros = (bits(qzeros, b, 1)[:, :N] + 1) % (1 << b)
-    return bits(qweight, b, 0)[:K].T, scales.T, zeros.T
+    return bits(qweight, b, 0, of=torch.uint8)[:K].T, scales.T, zeros.T
 
 
 # specs/formats/gptq.yaml: gptq
@@ -71,4 +71,4 @@ def gptq_v2_codes(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, *, N: int, K: int, b: int
 ) -> tuple[Tensor | int, ...]:
     """Codes, scales, zeros of gptq_v2."""
-    return bits(qweight, b, 0)[:K].T, scales.T, bits(qzeros, b, 1)[:, :N].T
+    return bits(qweight, b, 0, of=torch.uint8)[:K].T, scales.T, bits(qzeros, b, 1)[:, :N].T

@@ -27,4 +27,4 @@ def mxfp4(blocks: Tensor, scales: Tensor, *, K: int, of: torch.dtype = torch.flo
 def mxfp4_codes(blocks: Tensor, scales: Tensor, *, K: int) -> tuple[Tensor | int, ...]:
     """Codes, scales of mxfp4."""
     scales = scales.int()
-    return joined(bits(blocks, 4, 3), 2, K), power_of_two(scales, torch.float32)
+    return joined(bits(blocks, 4, 3, of=torch.uint8), 2, K), power_of_two(scales, torch.float32)

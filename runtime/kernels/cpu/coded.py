@@ -113,8 +113,10 @@ PARTS = ("words", "scales", "zeros", "factors", "minima")
 
 def words_of(codes: Tensor, form: Form) -> Tensor:
     """Unsigned codes [..., K] as words, in the order of `read_part` in `coded.h`."""
-    inner = codes.shape[-1]
-    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -inner % DEPTH), value=form.center)
+    padding = -codes.shape[-1] % DEPTH
+    padded = codes.to(torch.uint8)
+    if padding:
+        padded = torch.nn.functional.pad(padded, (0, padding), value=form.center)
     if form.bits == 8:
         found = padded
     elif form.bits == 4:
