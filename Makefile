@@ -99,7 +99,7 @@ sanitize: sanitize-threads sanitize-gemms $(TEST_READY) ## Run the CPU kernels' 
 	$(SANITIZE) tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
 
 sanitize-gemms: $(TEST_READY) ## Run the tests of GEMMs and of caches of codes with the address and undefined-behaviour sanitizers
-	$(SANITIZE) tests/kernels/test_cpu_gemm.py tests/kernels/test_coded_gemm.py tests/kernels/test_kv_codes.py
+	$(SANITIZE) tests/kernels/test_cpu_gemm.py tests/kernels/test_coded_gemm.py tests/kernels/test_int8_activations.py tests/kernels/test_kv_codes.py
 
 # Only the kernels and the runner are instrumented. Without address randomisation, for which the sanitizer of gcc 12 has no
 # room, and with threads after a fork, which one test makes.

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.kernels.cpu.packing import DEPTH
 
 ACTIVATION_FORMS = ("int8",)
 """The types of codes that activations can be rounded to."""
 INT8_ACTIVATIONS = "int8_activations"
 """The op that defines the rounding (specs/ops/quantization.yaml)."""
-GROUP = 32
-"""The inputs of a scale, as in `int8_rows.h`. K is padded with zeros."""
+GROUP = DEPTH
+"""The inputs of a scale: a block of `int8_rows.h` is a step of the packed weight. K is padded with zeros."""
 
 
 def with_int8_activations(weight: Tensor, kernel: Kernel) -> Tensor:
