@@ -9,6 +9,7 @@ it forks. It ends with the process that has started it, and its workers end then
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -78,21 +79,31 @@ class ForkServer:
             if self._ended in ready:
                 self._ended.recv(4096)
                 self._report_ended()
-            if self._requests in ready:
-                data, files = _receive(self._requests)
-                if not data:
-                    return
-                self._fork(msgspec.msgpack.decode(data, type=Start), files)
+            if self._requests in ready and not self.serve():
+                return
 
-    def _fork(self, start: Start, files: Sequence[int]) -> None:
+    def serve(self) -> bool:
+        """Answers a request with the id of the worker, or with minus the error number; returns False at the end."""
+        data, files = _receive(self._requests)
+        if not data:
+            return False
+        try:
+            answer = self._fork(msgspec.msgpack.decode(data, type=Start), files)
+        except OSError as error:  # the system has no process left: those that run must not end with this one
+            os.close(files[0])
+            answer = -(error.errno or errno.EAGAIN)
+        for file in files[1:]:
+            os.close(file)
+        self._requests.sendall(answer.to_bytes(SIZE_LEN, "big", signed=True))
+        return True
+
+    def _fork(self, start: Start, files: Sequence[int]) -> int:
         server = os.getpid()
         process_id = os.fork()
         if process_id == 0:
             self._become_worker(start, files, server)
         self._exit_pipes[process_id] = files[0]
-        for file in files[1:]:
-            os.close(file)
-        self._requests.sendall(process_id.to_bytes(SIZE_LEN, "big"))
+        return process_id
 
     def _report_ended(self) -> None:
         while self._exit_pipes:

@@ -76,9 +76,12 @@ class ForkServerClient:
         files = [1, 2, connection, *spec.files]
         with self._lock:
             for _ in range(2):
-                with suppress(OSError, EOFError):  # the server has ended, or does not answer
+                try:
                     return self._start(start, files)
-                self._forget_server()
+                except (ConnectionError, TimeoutError, EOFError):  # the server has ended, or does not answer
+                    self._forget_server()
+                except OSError as error:  # of this process, or of the system: workers that run must not end for it
+                    raise EngineError(f"a worker process cannot be started: {error.strerror}") from None
         raise EngineError("the process that starts workers has ended or does not answer; its errors are above")
 
     def _forget_server(self) -> None:
@@ -99,12 +102,14 @@ class ForkServerClient:
             send(self._requests, start, [write_end, *files])
             if len(reply := self._requests.recv(SIZE_LEN, socket.MSG_WAITALL)) < SIZE_LEN:
                 raise EOFError
+            if (answer := int.from_bytes(reply, "big", signed=True)) < 0:
+                raise OSError(-answer, os.strerror(-answer))
         except (OSError, EOFError):
             os.close(exit_pipe)
             raise
         finally:
             os.close(write_end)
-        return WorkerProcess(int.from_bytes(reply, "big"), exit_pipe)
+        return WorkerProcess(answer, exit_pipe)
 
 
 WORKERS = ForkServerClient()

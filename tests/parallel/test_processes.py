@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,15 @@ from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
+from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.worker import rank_processes
+from sageLLM.runtime.worker.build import WorkerSpec
+from sageLLM.runtime.worker.fork_server import ForkServer
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
-from sageLLM.runtime.worker.worker_process import WORKERS
+from sageLLM.runtime.worker.worker_process import WORKERS, ForkServerClient
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+SPEC = WorkerSpec(str(MODEL), "float32", "cpu", "auto", 128, KVBudget(8), is_split=False)
 PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13], [40, 41]]
 LIST = r"\[([0-9]{1,3}, ){8}true\]"
 PARAMS = [
@@ -212,6 +219,45 @@ def test_a_stopped_fork_server_is_replaced(one_rank: LLM, expected: list[Request
     os.kill(before[0], signal.SIGKILL)
     assert_same(one_rank.generate(PROMPTS, PARAMS), expected)
     assert WORKERS.process_id != server
+
+
+def test_a_start_without_free_descriptors_costs_no_other_worker(
+    one_rank: LLM, expected: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fork server is well, and with it the workers of other engines would end."""
+
+    def no_pipe() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = WORKERS.process_id, process_ids(one_rank)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pipe", no_pipe)
+        with pytest.raises(EngineError, match="a worker process cannot be started: Too many open files"):
+            WORKERS.start(SPEC, rank_processes.WORKER, 1, {})
+    assert_same(one_rank.generate(PROMPTS, PARAMS), expected)
+    assert before == (WORKERS.process_id, process_ids(one_rank))
+
+
+def num_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_a_fork_server_without_free_processes_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    ours, theirs = socket.socketpair()
+    client, server = ForkServerClient(), ForkServer.__new__(ForkServer)
+    client._owner, client._requests = os.getpid(), ours
+    server._requests, server._exit_pipes = theirs, {}
+    monkeypatch.setattr(os, "fork", no_fork)
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(server.serve)
+        before = num_descriptors()
+        with pytest.raises(EngineError, match="a worker process cannot be started: Resource temporarily unavailable"):
+            client.start(SPEC, rank_processes.WORKER, 1, {})
+        assert served.result() and client._requests is ours
+        assert num_descriptors() == before
 
 
 def test_a_request_that_kills_every_worker_is_ended(
