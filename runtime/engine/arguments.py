@@ -16,7 +16,7 @@ from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.registry.plugins import Registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
-from sageLLM.runtime.worker.build import WeightsPlacement
+from sageLLM.runtime.worker.build import WeightsPlacement, WeightsTier
 from sageLLM.runtime.worker.node import Node
 
 MAX_AF_WORKERS = 64
@@ -58,8 +58,8 @@ def choose_backend(requested: str | None, num_ranks: int) -> Backend:
 
 def weights_placement(tier: str, budget: float | None, folder: str | Path | None) -> WeightsPlacement:
     """The placement of the weights for the options of `LLM`; `budget` is in GiB. SageError for an invalid one."""
-    if tier not in ("device", "disk"):
-        raise SageError(f"weights_tier must be 'device' or 'disk', got {shown(tier)}")
+    if tier not in ("device", "mapped", "disk"):
+        raise SageError(f"weights_tier must be 'device', 'mapped' or 'disk', got {shown(tier)}")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
         raise SageError(f"weights_budget must be a number of GiB, got {shown(budget)}")
     if budget is not None and not 0 < budget < math.inf:
@@ -67,7 +67,8 @@ def weights_placement(tier: str, budget: float | None, folder: str | Path | None
     if tier == "device":
         return WeightsPlacement()
     num_bytes = None if budget is None else int(budget * 2**30)
-    return WeightsPlacement("disk", num_bytes, None if folder is None else str(folder))
+    kind: WeightsTier = "mapped" if tier == "mapped" else "disk"
+    return WeightsPlacement(kind, num_bytes, None if folder is None else str(folder))
 
 
 def parse_af(text: str | None) -> tuple[int, int, int] | None:

@@ -16,12 +16,16 @@ MODE = "mode"
 
 
 class Combination(NamedTuple):
-    """An option that, if it is set, excludes `other`, or requires it to have the value `needs`; and why."""
+    """An option that, if it is set, excludes `other`, or requires it to have the value `needs`; and why.
+
+    If `excluded` is set, only this value of `other` is excluded.
+    """
 
     option: str
     other: str
     why: str
     needs: str | None = None
+    excluded: str | None = None
 
     def problem(self, values: Mapping[str, Any]) -> str | None:
         """The violation by these values of the options, or None."""
@@ -29,7 +33,7 @@ class Combination(NamedTuple):
         if not is_set(self.option, values):
             return None
         if self.needs is None:
-            if not is_set(self.other, values):
+            if not is_set(self.other, values) or self.excluded not in (None, value):
                 return None
             return f"{self.option} must not be combined with {self.other}={value!r}: {self.why}"
         if is_set(self.other, values) if self.needs == ANY else _base(value) == self.needs:
@@ -59,10 +63,10 @@ COMBINATIONS = (
     Combination("kv_events_config", "af", "events describe one prefix cache"),
     Combination("kv_events_config", "kv_tier", "events describe one prefix cache"),
     Combination("activation_dtype", "device", "only kernels of CPUs have activations of 8 bits", "cpu"),
-    Combination("activation_dtype", "weights_tier", "weights in files are dequantised"),
+    Combination("activation_dtype", "weights_tier", "weights read in each step are dequantised", excluded="disk"),
     Combination("weights_tier", "device", "weights of a GPU stay in its memory", "cpu"),
     Combination("weights_budget", "weights_tier", "the weights are in memory otherwise", "disk"),
-    Combination("weights_folder", "weights_tier", "the weights are in memory otherwise", "disk"),
+    Combination("weights_folder", "weights_tier", "the weights are in no file otherwise", ANY),
     Combination("kv_tier", "device", "the KV of a GPU's running requests stays in its memory", "cpu"),
 )
 """All of them; those that depend on the model or the machine are checked where these are known."""
@@ -94,7 +98,8 @@ def as_table() -> str:
     rows = ["| option | other | reason |", "|---|---|---|"]
     for one in COMBINATIONS:
         relation = "without" if one.needs is None else "only with"
-        value = f" `{one.needs}`" if one.needs not in (None, ANY) else ""
+        named = one.excluded if one.needs in (None, ANY) else one.needs
+        value = "" if named is None else f" `{named}`"
         rows.append(f"| `{one.option}` | {relation} `{one.other}`{value} | {one.why} |")
     return "\n".join(rows)
 

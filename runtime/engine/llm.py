@@ -73,9 +73,10 @@ class LLM:
     `kv_tier`, "host" or "disk", adds `kv_tier_space` GiB of host memory or of a file for running requests: blocks for
     which the pool has no room lie there, and each step loads those that it reads layer by layer (docs/tiers.md).
 
-    `weights_tier="disk"`: the weights of the layers stay in a file and are read in each step, one layer ahead, so that
-    a model larger than the memory runs (docs/tiers.md). `weights_budget` is the memory for weights in GiB, by default
-    as little as possible. The file is made once, in `weights_folder` or the user's cache.
+    `weights_tier="mapped"`: the packed weights are in a file that is mapped, so that later starts pack nothing, and
+    processes share its pages. "disk": the weights of the layers stay in a file and are read in each step, one layer
+    ahead, so that a model larger than the memory runs (docs/tiers.md). `weights_budget` is the memory for weights in
+    GiB then, by default as little as possible. A file is made once, in `weights_folder` or the user's cache.
 
     Threads can share an `LLM`, and streams can be interleaved or dropped half-way: each call owns its requests
     (docs/engine.md). `AsyncLLM` has the interface for asyncio. Only `engine` is not safe to use next to other calls.

@@ -78,7 +78,8 @@ class SharedOptions:
     ] = "device"
     kv_tier_space: Annotated[float, Option("GiB of that tier.")] = 4.0
     weights_tier: Annotated[
-        Literal["device", "disk"], Option("disk: read the weights of each layer from a file in each step.")
+        Literal["device", "mapped", "disk"],
+        Option("mapped: packed weights in a file, for fast starts; disk: read each layer from a file in each step."),
     ] = "device"
     weights_budget: Annotated[
         float | None, Option("GiB of memory for weights with this tier (default: as little as possible).")

@@ -74,7 +74,8 @@ def start_llm(folder: Path, options: LLMOptions) -> StartedLLM:
     )
     grammars = GrammarCompiler(folder, model.config.V, tokenizer)
     if parallelism.backend == "uni":
-        place_weights(model, compiler, folder, weights)
+        keeps_codes = reads_codes(options.kernels, model.device)
+        place_weights(model, compiler, folder, weights, keeps_codes=keeps_codes)
     size = cache_size(model, compiler, options, parallelism)
     budget = kv_budget(model, options, size)
     config = with_kv_options(options.config, budget, options.enable_prefix_caching)
@@ -136,7 +137,7 @@ def load(
             pp_layer_partition=options.pp_layer_partition,
             expert_parallel=options.enable_expert_parallel,
             has_weights=parallelism.backend == "uni",
-            is_streamed=weights.tier == "disk",
+            is_streamed=weights.tier != "device",
             keeps_codes=reads_codes(options.kernels, device),
             kv_cache_dtype=options.kv_cache_dtype,
             activation_dtype=options.activation_dtype,

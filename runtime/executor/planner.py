@@ -77,8 +77,11 @@ class Planner(Protocol):
     def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
         """The kernels of GEMMs by the native form of codes; None for floats."""
 
+    def gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
+        """The gates of the weights that the kernels of these graphs read packed, if they can be built."""
+
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
-        """The gates of the weights that the kernels of these graphs read packed."""
+        """The same with the kernels built, or no gates if they cannot be."""
 
     def pack(self, weight: Tensor, gates: int) -> PackedWeight:
         """A packed copy of a weight, if `packed_gates` named any."""
@@ -115,6 +118,9 @@ class TorchPlanner:
         decode_weights(weights, ties, self._kernels)
 
     def gemm_kernels(self, forms: Iterable[str | None]) -> Mapping[str | None, str]:
+        return {}
+
+    def gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         return {}
 
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
@@ -229,6 +235,9 @@ class NativePlanner:
             return {}
         library = self._runner.library
         return {form: f"C++, {library.microkernel('linear', self._dtype, form)}" for form in forms}
+
+    def gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
+        return gates_of(graphs, ties, self._found_runner()) if self._fallback is None else {}
 
     def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
         if self._fallback is None:

@@ -79,7 +79,7 @@ class Model:
     absent: tuple[str, ...] = ()
     pipeline_stage: PipelineStage = WHOLE
     share: WeightShare = NO_WEIGHTS
-    dequantized: Mapping[str, str] = field(default_factory=dict)
+    dequantized: dict[str, str] = field(default_factory=dict)
     kv_form: KvForm | None = None
     activations: str | None = None
     declared_activations: str | None = None
@@ -181,7 +181,7 @@ def load_model(
             share = WeightShare(tuple(map(by_experts, specs) if own.ep > 1 else specs), rank % tp, tp)
         if has_weights and not is_streamed:
             keeps_codes = keeps_codes or activations is not None
-            weights, dequantized = _read(
+            weights, dequantized = read_weights(
                 share, checkpoint, kind, device, keeps_codes=keeps_codes, activations=activations
             )
     finally:
@@ -256,7 +256,7 @@ def _weights_of_role(layout: ModelLayout, specs: Sequence[WeightSpec], role: Rol
     return [spec for spec in specs if is_ffn_weight(layout, spec.name) == (role == "ffn")]
 
 
-def _read(
+def read_weights(
     share: WeightShare,
     checkpoint: Checkpoint,
     kind: torch.dtype,

@@ -21,6 +21,7 @@ from sageLLM.runtime.executor.scheduling import choose_schedule
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kv.copies import Tier
+from sageLLM.runtime.loader.mapped_weights import place_mapped
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.loader.packed_weights import packed_file
 from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
@@ -33,7 +34,7 @@ from sageLLM.runtime.worker.kv_pool import LowerTier
 from sageLLM.runtime.worker.token_return import TokenReturn
 from sageLLM.runtime.worker.warm_up import StepLimits
 
-WeightsTier: TypeAlias = Literal["device", "disk"]
+WeightsTier: TypeAlias = Literal["device", "mapped", "disk"]
 """The tier that keeps the weights; from "disk" the weights of each layer are read in each step."""
 
 
@@ -175,7 +176,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         pp_layer_partition=spec.pp_layer_partition,
         role=None if spec.side is None else spec.side.role,
         expert_parallel=spec.enable_expert_parallel,
-        is_streamed=spec.weights.tier == "disk",
+        is_streamed=spec.weights.tier != "device",
         keeps_codes=reads_codes(spec.kernels, device),
         kv_cache_dtype=spec.kv_cache_dtype,
         activation_dtype=spec.activation_dtype,
@@ -198,7 +199,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         overrides=overrides,
         captures=not spec.enforce_eager and spec.side is None,
     )
-    place_weights(model, compiler, Path(spec.model), spec.weights)
+    place_weights(model, compiler, Path(spec.model), spec.weights, keeps_codes=reads_codes(spec.kernels, device))
     return make_local_executor(spec, model, compiler, is_async=False, token_return=token_return, links=links)
 
 
@@ -278,17 +279,23 @@ def make_compiler(
     )
 
 
-def place_weights(model: Model, compiler: ModelCompiler, checkpoint: Path, placement: WeightsPlacement) -> None:
+def place_weights(
+    model: Model, compiler: ModelCompiler, checkpoint: Path, placement: WeightsPlacement, *, keeps_codes: bool
+) -> None:
     """Brings the weights into the form that the kernels read. It must come before any plan binds them.
 
-    For the tier "disk" the model has been loaded without weights, and those of its layers stay in a file. Raises
-    CheckpointError if the file cannot be made, and SageError for a budget that is too small.
+    For the other tiers the model has been loaded without weights: they are in a file, mapped or ("disk") those of its
+    layers read in each step. Raises CheckpointError if the file cannot be made, and SageError for a budget that is too
+    small.
     """
     graphs = _graphs(model, compiler)
     if placement.tier == "device":
         compiler.planner.prepare_weights(model.weights, model.ties, graphs)
         return
     folder = None if placement.folder is None else Path(placement.folder)
+    if placement.tier == "mapped":
+        place_mapped(model, checkpoint, compiler.registry, compiler.planner, graphs, folder, keeps_codes=keeps_codes)
+        return
     file = packed_file(model, checkpoint, compiler.registry, compiler.planner, graphs, folder)
     gathered = gathered_tables(graphs, model.ties)
     stream = WeightStream(file, model.dtype, budget=placement.budget, gathered=gathered)

@@ -148,7 +148,7 @@ def test_a_tied_head_is_stored_once_and_packed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights_tier": "host"}, "weights_tier must be 'device' or 'disk', got 'host'"),
+        ({"weights_tier": "host"}, "weights_tier must be 'device', 'mapped' or 'disk', got 'host'"),
         ({"weights_budget": 1.0}, "weights_budget requires weights_tier 'disk', got 'device'"),
         ({"weights_tier": "disk", "weights_budget": 0}, "weights_budget must be more than 0 GiB, got 0"),
         ({"weights_tier": "disk", "weights_budget": "1"}, "weights_budget must be a number of GiB, got '1'"),

@@ -56,7 +56,7 @@ def test_the_table_of_combinations_decides(one: Combination) -> None:
     assert list(problems(values)) == []
     values[one.option] = "set"
     if one.needs is None:
-        values[one.other] = 2
+        values[one.other] = one.excluded or 2
     elif one.needs != ANY:
         values[one.other] = "cuda:1" if one.other == "device" else "other"
     (found,) = [text for text in problems(values) if f"{one.option} " in text and f" {one.other}" in text]
