@@ -10,9 +10,12 @@ from gpu_table import Call, Calls, Table, Variant, rotated
 from torch import Tensor
 from torch.nn import functional
 
+from sageLLM.generated.kernels.reference.kv_forms import kv_rows
 from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.runtime.core.model.kv_form import KV_FORMS, SCALE_BYTES
 from sageLLM.runtime.kernels.coded_tensor import coded_tensor
 from sageLLM.runtime.kernels.cpu.coded import FORMS, CodedWeight
+from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
 
 BLOCK = 16
 """Tokens per KV block, as the engine's default."""
@@ -40,16 +43,21 @@ def decode(table: Table) -> None:
         decode_row(table, batch, context, variant)
     batch, context = cases[-1]
     decode_row(table, batch, context, {}, width=8192 if not table.is_dry else 8)
+    variants = [{}, *({"BLOCK_N": block, "STAGES": stages} for block, stages in product((32, 64), (3, 5)))]
+    for (batch, context), form, variant in product(cases, KV_FORMS, [{}] if table.is_dry else variants):
+        decode_row(table, batch, context, variant, form=form)
 
 
-def decode_row(table: Table, batch: int, context: int, variant: dict[str, int], width: int = 0) -> None:
-    """The peers read contiguous keys and values, without a block table."""
+def decode_row(table: Table, batch: int, context: int, variant: dict[str, int], width: int = 0, form: str = "") -> None:
+    """With a `form` the KV cache has codes. The peers read contiguous keys and values, without a block table."""
     heads, kv_heads, size = (4, 2, 16) if table.is_dry else (32, 8, 128)
     num_blocks = -(-context // BLOCK)
     lengths, scale = integers(table, [context] * batch), size**-0.5
 
     def operands() -> list[Tensor]:
         k, v = (random(table, batch * num_blocks, BLOCK, kv_heads, size) for _ in range(2))
+        if form:
+            k, v = (kv_rows(x, torch.empty(0, dtype=TORCH_TYPES[KV_FORMS[form]], device=x.device)) for x in (k, v))
         blocks = integers(table, torch.randperm(batch * num_blocks).view(batch, num_blocks))
         blocks = functional.pad(blocks, (0, max(0, width - num_blocks)))
         return [k, v, random(table, batch, heads, size), blocks]
@@ -63,9 +71,12 @@ def decode_row(table: Table, batch: int, context: int, variant: dict[str, int], 
         return functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
 
     name = f"{batch} x {context}" + (f", table of {width} blocks" if width else "")
-    peers = {} if variant or width else {"SDPA": rotated(operands, dense)}
+    name += f", KV of {form}" if form else ""
+    peers = {} if variant or width or form else {"SDPA": rotated(operands, dense)}
     chosen = Variant("paged_decode", variant) if variant else None
-    table.timed(name, rotated(operands, ours), 4 * batch * context * kv_heads * size, 0, "decode", chosen, **peers)
+    row_bytes = size + SCALE_BYTES if form else 2 * size
+    num_bytes = 2 * batch * context * kv_heads * row_bytes
+    table.timed(name, rotated(operands, ours), num_bytes, 0, "decode", chosen, **peers)
 
 
 # Linear layers

@@ -38,6 +38,8 @@ FUNCTIONS = (
         "product",
     }
     | {"load_rows", "score_keys", "score_latent", "split_length", "why_reference"}
+    | {"aligned", "code_values", "e4m3_values", "largest_magnitude", "load_scales", "scale_of_codes"}
+    | {"store_codes", "store_encoded", "store_scales"}
     | {"by_group", "configuration", "decoded", "field", "stored", "weight_tile"}
     | {"online_softmax", "os", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}
     | {

@@ -67,6 +67,7 @@ def emit_triton(ops: Sequence[OpDef], specs: Specs, renderer: Renderer, programs
         "triton.py.jinja",
         kernels=kernels,
         base=BASE if specs.is_overlay else "",
+        references=REFERENCES if specs.is_overlay else "..reference",
         imports=_imports(kernels, specs),
         source=source,
     )

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.reference import attr_text
 from sageLLM.codegen.emit.triton_launch import arguments_of, sizes_and_operands
-from sageLLM.codegen.emit.triton_names import block_name, inside_name
-from sageLLM.codegen.emit.triton_rows import RowKernel, size_text
+from sageLLM.codegen.emit.triton_names import block_name, inside_name, size_text
+from sageLLM.codegen.emit.triton_rows import RowKernel
 from sageLLM.codegen.expr.tree import Expr, walk
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm, gemm_of
 from sageLLM.codegen.kernel.inline import Programs

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.emit.dim_text import dim_lines, leading_text
 from sageLLM.codegen.emit.torch_text import TORCH_DTYPES
-from sageLLM.codegen.emit.triton_names import block_name
-from sageLLM.codegen.emit.triton_rows import RowKernel, size_text
+from sageLLM.codegen.emit.triton_names import block_name, size_text
+from sageLLM.codegen.emit.triton_rows import RowKernel
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.names import OwnNames, own_names, stride_name
@@ -234,14 +234,14 @@ def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str, *, is_joint: bool
         setup=setup,
         condition=_condition(whole, columns),
         rows=whole.rows_text,
-        tile=f"{'row_tile' if whole.has_reductions else 'split_tile'}({columns}{'' if nest.rows else ', max_rows=1'})",
+        tile=f"{'row_tile' if whole.needs_rows else 'split_tile'}({columns}{'' if nest.rows else ', max_rows=1'})",
         arguments=(
             *(arguments[key] for key in numbers),
             *(f"{name}={name}" for name in constants),
             *_blocks(whole),
         ),
         selected=(setup[0].partition(" = ")[2] if setup else columns)
-        if whole.selections or (is_joint and whole.has_reductions)
+        if whole.selections or (is_joint and whole.needs_rows)
         else "",
     )
 

@@ -14,14 +14,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from sageLLM.codegen.emit.dim_text import tidy
-from sageLLM.codegen.emit.triton_names import block_name, inside_name
+from sageLLM.codegen.emit.triton_cache_rows import Piece, store_lines
+from sageLLM.codegen.emit.triton_names import affine, block_name, bracketed, inside_name, size_text
+from sageLLM.codegen.emit.triton_reductions import (
+    EMPTY_I32,
+    EMPTY_I64,
+    INTEGER_FORM,
+    INTEGER_JOIN,
+    INTEGER_SCAN,
+    JOIN,
+    OF_SCAN,
+    ROW_FORM,
+    SCAN,
+    accumulated,
+    empty_text,
+    join_text,
+)
 from sageLLM.codegen.emit.triton_text import TritonText
-from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.tree import Expr, Ref, walk
 from sageLLM.codegen.expr.types import INTEGERS
 from sageLLM.codegen.kernel.names import OwnNames, stride_name
 from sageLLM.codegen.kernel.rows import (
-    Affine,
     Fold,
     Index,
     InSweep,
@@ -38,42 +51,8 @@ from sageLLM.codegen.kernel.rows import (
     Store,
     Sweep,
 )
+from sageLLM.codegen.kernel.scatter import is_cache
 from sageLLM.codegen.model.op import OpDef
-
-_EMPTY = {"sum": "0.0", "prod": "1.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
-_EMPTY_I8 = {"amax": "-128", "amin": "127"}
-_EMPTY_I32 = {"sum": "0", "prod": "1", "amax": str(-(2**31)), "amin": str(2**31 - 1)}
-_EMPTY_I64 = {"sum": "0", "prod": "1", "amax": str(-(2**63)), "amin": str(2**63 - 1)}
-_ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "device.amax", "amin": "device.amin"}
-_INTEGER_FORM = {"sum": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
-_JOIN = {
-    "sum": "{0} += {1}",
-    "prod": "{0} *= {1}",
-    "mean": "{0} += {1}",
-    "amax": "{0} = tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-    "amin": "{0} = tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-}
-_OF_SCAN = {"cumsum": "sum", "cumprod": "prod", "cummax": "amax", "cummin": "amin"}
-_SCAN = {
-    "cumsum": "tl.cumsum({0}, 1)",
-    "cumprod": "tl.cumprod({0}, 1)",
-    "cummax": "device.cummax({0}, 1)",
-    "cummin": "device.cummin({0}, 1)",
-}
-_INTEGER_SCAN = _SCAN | {
-    "cummax": "tl.associative_scan({0}, 1, device.larger)",
-    "cummin": "tl.associative_scan({0}, 1, device.smaller)",
-}
-_INTEGER_JOIN = {
-    "sum": "{0} += {1}",
-    "prod": "{0} *= {1}",
-    "amax": "{0} = tl.maximum({0}, {1})",
-    "amin": "{0} = tl.minimum({0}, {1})",
-}
-
-
-def size_text(size: Size) -> str:
-    return "R" if size == LEADING else formula(size)
 
 
 class RowKernel:
@@ -91,12 +70,27 @@ class RowKernel:
         self._done: set[tuple[str, str]] = set()  # loop and name of the values that are in registers already
         self._row_names = {loop.variable for loop in self.nest.rows}
         self._early: dict[Load, str] = {}
+        self._encoded: dict[str, list[Piece]] = {}  # by cache, what is stored when the row is complete
         self._write()
 
     @property
     def has_reductions(self) -> bool:
         """Whether an element of the result depends on the whole row."""
         return any(isinstance(step, Reduction | Running | Selection) for step in self._sweep_steps)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it stores rows of a KV cache, which may be codes: their scale depends on the whole row."""
+        steps = [*self._sweep_steps, *(step for step in self.nest.steps if not isinstance(step, Sweep))]
+        stored = [step.location.operand for step in steps if isinstance(step, Store)]
+        read = [one.location.operand for step in steps for one in walk(step.value) if isinstance(one, Load)]
+        caches = {name for name, operand in self._operands.items() if is_cache(operand)}
+        return bool(caches & {*stored}) and not caches & {*read}
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether a program needs whole rows."""
+        return self.has_reductions or self.encodes
 
     @property
     def selections(self) -> list[Selection]:
@@ -114,7 +108,7 @@ class RowKernel:
     @property
     def rows_text(self) -> str:
         """The number of rows: `T * N`."""
-        return " * ".join(_bracketed(size_text(loop.extent)) for loop in self.nest.rows) or "1"
+        return " * ".join(bracketed(size_text(loop.extent)) for loop in self.nest.rows) or "1"
 
     # statements
 
@@ -124,6 +118,8 @@ class RowKernel:
         self.lines += self._rows()
         for step in self.nest.steps:
             self._step(step)
+        for pieces in self._encoded.values():
+            self._put(*self._row_of_cache(pieces))
         text = "\n".join(self.lines)
         self.lines = [line for line in self.lines if not _is_unused(line, text)]
 
@@ -137,7 +133,7 @@ class RowKernel:
             return lines
         rest = row
         for number, loop in reversed(list(enumerate(self.nest.rows))):
-            extent = _bracketed(size_text(loop.extent))
+            extent = bracketed(size_text(loop.extent))
             lines.append(f"{loop.variable} = {f'({rest}).to(tl.int64)' if number == 0 else f'{rest} % {extent}'}")
             rest = f"{rest} // {extent}"
         return lines
@@ -157,7 +153,7 @@ class RowKernel:
 
     def _sweep(self, sweep: Sweep) -> None:
         loop = sweep.loop
-        if not self.has_reductions:
+        if not self.needs_rows:
             self._put(*_block(loop, f"tl.program_id(1) * {block_name(loop)}"))
         elif self.whole:
             self._columns(loop)
@@ -175,10 +171,10 @@ class RowKernel:
         if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
             self._put("tl.debug_barrier()  # the next loads read what other threads of the program stored")
         for running in (step for step in sweep.steps if isinstance(step, Running)):
-            dtype = _accumulated(running.value)
-            self._put(f"{self._carry(running)} = tl.full([{self.rows_block}, 1], {_empty(running)}, {dtype})")
+            dtype = accumulated(running.value)
+            self._put(f"{self._carry(running)} = tl.full([{self.rows_block}, 1], {empty_text(running)}, {dtype})")
         for one in reductions:
-            empty, dtype = _empty(one), _accumulated(one.value)
+            empty, dtype = empty_text(one), accumulated(one.value)
             self._put(f"{self._acc(one)} = tl.full([{self.rows_block}, {block_name(loop)}], {empty}, {dtype})")
         start = self.own("start")
         body = self._body(sweep, start)
@@ -205,11 +201,11 @@ class RowKernel:
             case Fold():
                 self._fold(step, loop)
             case Reduction(value=value):
-                masked = f"tl.where({inside_name(loop)}, {self._text(value)}, {_empty(step)})"
+                masked = f"tl.where({inside_name(loop)}, {self._text(value)}, {empty_text(step)})"
                 if self.whole:
                     self._put(f"{self._name(step.name)} = {self._total(step, tidy(masked), loop)}")
                 else:
-                    self._put(_join(step).format(self._acc(step), tidy(masked)))
+                    self._put(join_text(step).format(self._acc(step), tidy(masked)))
             case Running():
                 self._running(step, loop)
             case Selection():
@@ -223,12 +219,12 @@ class RowKernel:
             return
         self._done.add((loop.variable, step.name))
         name = self._name(step.name)
-        masked = tidy(f"tl.where({inside_name(loop)}, {self._text(step.value)}, {_empty(step)})")
+        masked = tidy(f"tl.where({inside_name(loop)}, {self._text(step.value)}, {empty_text(step)})")
         is_integer = step.value.type.element in INTEGERS
-        scanned = (_INTEGER_SCAN if is_integer else _SCAN)[step.op].format(masked)
+        scanned = (INTEGER_SCAN if is_integer else SCAN)[step.op].format(masked)
         self._put(f"{name} = {scanned}")
         if not self.whole:
-            join = (_INTEGER_JOIN if is_integer else _JOIN)[_OF_SCAN[step.op]]
+            join = (INTEGER_JOIN if is_integer else JOIN)[OF_SCAN[step.op]]
             self._put(join.format(name, self._carry(step)), f"{self._carry(step)} = device.last_column({name})")
 
     def _carry(self, step: Running) -> str:
@@ -237,9 +233,9 @@ class RowKernel:
     def _selection(self, step: Selection, loop: Loop) -> None:
         """The largest element, `k` times, each after the one before; by keys, which order NaN and ties too."""
         assert self.whole, "a selection is never looped"
-        dtype, element = _accumulated(step.value), step.value.type.element
+        dtype, element = accumulated(step.value), step.value.type.element
         key_dtype = dtype if element in INTEGERS else "tl.int32"
-        least, most = (_EMPTY_I64 if key_dtype == "tl.int64" else _EMPTY_I32)["amax"], "9223372036854775807"
+        least, most = (EMPTY_I64 if key_dtype == "tl.int64" else EMPTY_I32)["amax"], "9223372036854775807"
         most = most if key_dtype == "tl.int64" else "2147483647"
         name, key, last = step.name, self.own(f"{step.name}_key"), self.own(f"{step.name}_last")
         text, number = tidy(self._text(step.value)), self.own("number")
@@ -286,11 +282,11 @@ class RowKernel:
     def _fold(self, fold: Fold, loop: Loop) -> None:
         extent, shape = size_text(fold.loop.extent), f"[{self.rows_block}, {block_name(loop)}]"
         name = self._name(fold.name)
-        joined = _join(fold).format(name, tidy(self._text(fold.value)))
-        self._put(f"{name} = tl.full({shape}, {_empty(fold)}, {_accumulated(fold.value)})")
+        joined = join_text(fold).format(name, tidy(self._text(fold.value)))
+        self._put(f"{name} = tl.full({shape}, {empty_text(fold)}, {accumulated(fold.value)})")
         self._put(f"for {fold.loop.variable} in range({extent}):", f"    {joined}")
         if fold.op == "mean":
-            self._put(f"{name} = {name} / {_bracketed(extent)}")
+            self._put(f"{name} = {name} / {bracketed(extent)}")
 
     def _name(self, name: str) -> str:
         """The name of a value; that of an output is the pointer's."""
@@ -301,15 +297,35 @@ class RowKernel:
         return self.own(f"{reduction.name}_acc")
 
     def _total(self, reduction: Reduction, text: str, loop: Loop) -> str:
-        form = _INTEGER_FORM if reduction.value.type.element in INTEGERS else _ROW_FORM
+        form = INTEGER_FORM if reduction.value.type.element in INTEGERS else ROW_FORM
         total = f"{form[reduction.op]}({text}, 1)[:, None]"
-        return f"{total} / {_bracketed(size_text(loop.extent))}" if reduction.op == "mean" else total
+        return f"{total} / {bracketed(size_text(loop.extent))}" if reduction.op == "mean" else total
 
     def _store(self, store: Store) -> None:
+        if self.encodes and is_cache(self._operands[store.location.operand]):
+            self._keep(store)
+            return
         address, mask = self._address(store.location), self._store_mask(store.location)
         if not mask:  # a single element, of the only row
             address, mask = f"{address} + {self.own('row')}", self.own("is_row")
         self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={mask})")
+
+    def _keep(self, store: Store) -> None:
+        """Holds a piece of a row of a cache until the row is complete."""
+        location = store.location
+        pieces = self._encoded.setdefault(location.operand, [])
+        value = tidy(self._text(store.value))
+        if not value.isidentifier():
+            name = self.own(f"{location.operand}_{len(pieces)}")
+            self._put(f"{name} = {value}")
+            value = name
+        pieces.append(Piece(location, value, self._store_mask(location)))
+
+    def _row_of_cache(self, pieces: Sequence[Piece]) -> Sequence[str]:
+        location = pieces[0].location
+        operand = self._operands[location.operand]
+        rows = " + ".join(self._row_terms(location))
+        return store_lines(operand, rows, [(self._address(one.location), one) for one in pieces], self.own)
 
     def _store_mask(self, location: Location) -> str:
         return self._mask(location)
@@ -334,14 +350,17 @@ class RowKernel:
         return text if element in (*INTEGERS, "bool", "f32") else f"{text}.to(tl.float32)"
 
     def _address(self, location: Location) -> str:
+        last = affine(location.index[-1]) if location.index else "0"
+        return " + ".join([*self._row_terms(location), *([last] if last != "0" else [])])
+
+    def _row_terms(self, location: Location) -> list[str]:
+        """The address of the first element of a row."""
         operand = self._operands[location.operand]
         terms = [operand.name]
-        for number, at in enumerate(location.index):
-            is_last = number == len(location.index) - 1
-            text = _affine(at)
-            if text != "0":
-                terms.append(text if is_last else f"{_bracketed(text)} * {stride_name(operand, number)}")
-        return " + ".join(terms)
+        for number, at in enumerate(location.index[:-1]):
+            if (text := affine(at)) != "0":
+                terms.append(f"{bracketed(text)} * {stride_name(operand, number)}")
+        return terms
 
     def _mask(self, location: Location) -> str:
         used = {name for at in location.index for name in at.variables}
@@ -354,33 +373,6 @@ def _block(loop: Loop, start: str) -> tuple[str, str]:
     """The columns of one block, and which of them exist."""
     columns = f"{loop.variable} = {start} + tl.arange(0, {block_name(loop)})[None, :]"
     return columns, f"{inside_name(loop)} = {loop.variable} < {size_text(loop.extent)}"
-
-
-def _accumulated(value: Expr) -> str:
-    """The type that a value is reduced in."""
-    return {"i8": "tl.int32", "i32": "tl.int32", "i64": "tl.int64"}.get(value.type.element, "tl.float32")
-
-
-def _empty(step: Reduction | Fold | Running) -> str:
-    """The result of no elements, which elements outside the row are replaced by."""
-    tables = {"i8": _EMPTY_I8, "i32": _EMPTY_I32, "i64": _EMPTY_I64}
-    op = _OF_SCAN[step.op] if isinstance(step, Running) else step.op
-    return tables.get(step.value.type.element, _EMPTY)[op]
-
-
-def _join(step: Reduction | Fold) -> str:
-    return (_INTEGER_JOIN if step.value.type.element in INTEGERS else _JOIN)[step.op]
-
-
-def _affine(at: Affine) -> str:
-    parts = [] if at.offset == Size.of(0) else [size_text(at.offset)]
-    for variable, factor in at.terms:
-        parts.append(variable if factor == Size.of(1) else f"{_bracketed(size_text(factor))} * {variable}")
-    return " + ".join(parts) or "0"
-
-
-def _bracketed(text: str) -> str:
-    return text if re.fullmatch(r"\w+", text) else f"({text})"
 
 
 def _is_unused(line: str, text: str) -> bool:

@@ -14,7 +14,8 @@ class ConfigurationSpec(Strict):
 
     up_to: dict[str, Constant] = Field(
         default={},
-        description="size -> the greatest value; E is bytes per element, G the heads of a group, ODD its odd factor",
+        description="size -> the greatest value; E is bytes per element, G the heads of a group, ODD its odd factor, "
+        "FORM 1 for elements and 2 for codes in the KV cache",
     )
     use: dict[str, Constant] | None = Field(default=None, description="constant of the template -> value")
     reference: str | None = Field(default=None, description="the reason why the reference runs at these sizes")

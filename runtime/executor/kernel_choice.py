@@ -35,8 +35,7 @@ def choose_planner(
     """The planner for a choice of KERNEL_CHOICES; `auto` selects the best kernels of the device.
 
     `overrides` take the place of reference kernels. Triton kernels are captured in CUDA graphs if `captures`. Raises
-    SageError for a choice that is unknown, or that the device, the form of the KV cache or the type of `activations`
-    does not allow.
+    SageError for a choice that is unknown, or that the device or the type of `activations` does not allow.
     """
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
@@ -46,10 +45,6 @@ def choose_planner(
     gpu = CudaApi() if device.type == "cuda" else None
     is_checked = red_zones.is_enabled()
     if uses_triton(choice, device):
-        if kv_form is not None:
-            raise SageError(
-                f"kv_cache_dtype must be 'auto' with Triton kernels, got {kv_form.name!r}; or use kernels='reference'"
-            )
         if activations is not None:
             raise SageError(
                 f"activation_dtype must be 'auto' with Triton kernels, got {activations!r}; or use kernels='cpu'"

@@ -12,8 +12,6 @@ from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.core.model.kv_form import KV_FORMS
 from sageLLM.runtime.engine.kv_budget import bytes_per_block
 from sageLLM.runtime.errors import SageError
-from sageLLM.runtime.executor.kernel_choice import choose_planner
-from sageLLM.runtime.registry.plugins import load_registry
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 SHARED = "import os\nimport sys\nimport json\nfrom pathlib import Path\n\n\nclass Point:\n    "
@@ -159,9 +157,3 @@ def test_latent_attention_is_refused(make_checkpoint: Callable[..., Path]) -> No
     )
     with pytest.raises(SageError, match=r"kv_cache_dtype must be 'auto' for deepseek_v2, got 'int8': its values"):
         LLM(folder, kv_cache_dtype="int8", skip_tokenizer=True)
-
-
-def test_triton_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sageLLM.runtime.executor.kernel_choice.why_no_triton", lambda device: None)
-    with pytest.raises(SageError, match="kv_cache_dtype must be 'auto' with Triton kernels, got 'fp8'; or use kernels"):
-        choose_planner("triton", load_registry(), torch.device("cpu"), "bf16", kv_form=KV_FORMS["fp8"])

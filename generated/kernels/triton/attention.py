@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.attention import paged_decode_attention as reference_paged_decode_attention
 from ..reference.attention import paged_prefill_attention as reference_paged_prefill_attention
+from ..reference.kv_forms import kv_width
 from . import device
 from .heads import DecodePlan, head_blocks, is_latent
 from .targets import choose
@@ -58,6 +59,11 @@ def _paged_prefill_attention_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    E: tl.constexpr = q.dtype.element_ty
+    CODED: tl.constexpr = v_cache.dtype.element_ty != E
+    if CODED:
+        k_page, k_slot, k_head = device.aligned(k_page), device.aligned(k_slot), device.aligned(k_head)
+        v_page, v_slot, v_head = device.aligned(v_page), device.aligned(v_slot), device.aligned(v_head)
     TOKENS: tl.constexpr = max(BLOCK_M // G, 1)
     HEAD_TILES: tl.constexpr = (G + BLOCK_M - 1) // BLOCK_M
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they start first
@@ -80,8 +86,8 @@ def _paged_prefill_attention_kernel(
     m_last = length - num_tokens + tl.minimum(token + TOKENS, num_tokens) - 1
     t = (begin + row).to(tl.int64)[:, None]
     q_rows = q + t * q_row + h * q_head
-    queries = device.load_rows(q_rows, is_row, D, 0, BLOCK_D)
-    rest = device.load_rows(q_rows, is_row, D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
+    queries = device.load_rows(q_rows, is_row, D, 0, BLOCK_D, E)
+    rest = device.load_rows(q_rows, is_row, D, BLOCK_D, BLOCK_R, E) if BLOCK_R > 0 else queries
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -132,8 +138,9 @@ def _paged_prefill_attention_kernel(
                     float("-inf"),
                 )
             if not LATENT:
-                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
-            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV, E)
+            scales = device.load_scales(value_rows, is_key) if CODED else None
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum, scales)
     sink = device.sink_scores(sinks, head, is_query)
     top = tl.maximum(row_max, sink)
     scaling = device.exp2_difference(row_max, top)
@@ -189,6 +196,11 @@ def _paged_prefill_attention_split(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    E: tl.constexpr = q.dtype.element_ty
+    CODED: tl.constexpr = v_cache.dtype.element_ty != E
+    if CODED:
+        k_page, k_slot, k_head = device.aligned(k_page), device.aligned(k_slot), device.aligned(k_head)
+        v_page, v_slot, v_head = device.aligned(v_page), device.aligned(v_slot), device.aligned(v_head)
     HEAD_TILES: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_TILES
     g, dv = tl.program_id(0) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_DV)
@@ -233,8 +245,8 @@ def _paged_prefill_attention_split(
         ) // BLOCK_N * BLOCK_N + split * split_keys
         stop = tl.minimum(start + split_keys, length)
         q_rows = q + t * q_row + h * q_head
-        queries = device.load_rows(q_rows, is_head[:, None], D, 0, BLOCK_D)
-        rest = device.load_rows(q_rows, is_head[:, None], D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
+        queries = device.load_rows(q_rows, is_head[:, None], D, 0, BLOCK_D, E)
+        rest = device.load_rows(q_rows, is_head[:, None], D, BLOCK_D, BLOCK_R, E) if BLOCK_R > 0 else queries
         row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
@@ -268,8 +280,9 @@ def _paged_prefill_attention_split(
                 float("-inf"),
             )
             if not LATENT:
-                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
-            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV, E)
+            scales = device.load_scales(value_rows, is_key) if CODED else None
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum, scales)
         num_missing = num_splits - 1
         if num_splits > 1:
             part = (b * (tl.num_programs(0) // HEAD_TILES * G) + head) * max_splits
@@ -380,11 +393,11 @@ def paged_prefill_attention(
 
     One launch computes the sequences with one row, which are decodes, and one those with more.
     """
-    (T, Nq, D), (_, BS, Nkv, Dv), B = q.shape, v_cache.shape, seq_lens.shape[0]
-    G, LATENT = Nq // Nkv, is_latent(k_cache, v_cache)
+    (T, Nq, D), (_, BS, Nkv, _), Dv, B = q.shape, v_cache.shape, kv_width(v_cache), seq_lens.shape[0]
+    G, LATENT, FORM = Nq // Nkv, is_latent(k_cache, v_cache), 1 + (Dv < v_cache.shape[-1])
     use, decode = (
-        choose("paged_prefill", E=q.element_size(), D=D, Dv=Dv, ODD=G // (G & -G)),
-        choose("paged_decode", E=q.element_size(), D=D, Dv=Dv, G=G),
+        choose("paged_prefill", E=q.element_size(), D=D, Dv=Dv, ODD=G // (G & -G), FORM=FORM),
+        choose("paged_decode", E=q.element_size(), D=D, Dv=Dv, G=G, FORM=FORM),
     )
     if use is None or decode is None:
         return reference_paged_prefill_attention(
@@ -537,6 +550,11 @@ def _paged_decode_attention_split(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    E: tl.constexpr = q.dtype.element_ty
+    CODED: tl.constexpr = v_cache.dtype.element_ty != E
+    if CODED:
+        k_page, k_slot, k_head = device.aligned(k_page), device.aligned(k_slot), device.aligned(k_head)
+        v_page, v_slot, v_head = device.aligned(v_page), device.aligned(v_slot), device.aligned(v_head)
     HEAD_TILES: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_TILES
     g, dv = tl.program_id(0) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_DV)
@@ -581,8 +599,8 @@ def _paged_decode_attention_split(
         ) // BLOCK_N * BLOCK_N + split * split_keys
         stop = tl.minimum(start + split_keys, length)
         q_rows = q + t * q_row + h * q_head
-        queries = device.load_rows(q_rows, is_head[:, None], D, 0, BLOCK_D)
-        rest = device.load_rows(q_rows, is_head[:, None], D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
+        queries = device.load_rows(q_rows, is_head[:, None], D, 0, BLOCK_D, E)
+        rest = device.load_rows(q_rows, is_head[:, None], D, BLOCK_D, BLOCK_R, E) if BLOCK_R > 0 else queries
         row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
@@ -616,8 +634,9 @@ def _paged_decode_attention_split(
                 float("-inf"),
             )
             if not LATENT:
-                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
-            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV, E)
+            scales = device.load_scales(value_rows, is_key) if CODED else None
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum, scales)
         num_missing = num_splits - 1
         if num_splits > 1:
             part = (b * (tl.num_programs(0) // HEAD_TILES * G) + head) * max_splits
@@ -727,8 +746,9 @@ def paged_decode_attention(
 
     The grid follows the number of sequences and the device, so nothing is read from it, and a CUDA graph can hold it.
     """
-    (B, Nq, D), (_, BS, Nkv, Dv) = q.shape, v_cache.shape
-    use = choose("paged_decode", E=q.element_size(), D=D, Dv=Dv, G=Nq // Nkv)
+    (B, Nq, D), (_, BS, Nkv, _), Dv = q.shape, v_cache.shape, kv_width(v_cache)
+    FORM = 1 + (Dv < v_cache.shape[-1])
+    use = choose("paged_decode", E=q.element_size(), D=D, Dv=Dv, G=Nq // Nkv, FORM=FORM)
     if use is None:
         return reference_paged_decode_attention(
             q,

@@ -8,10 +8,13 @@ import triton.language as tl
 __all__ = [
     "LOG2E",
     "add_part",
+    "aligned",
     "amax",
     "amin",
+    "code_values",
     "cummax",
     "cummin",
+    "e4m3_values",
     "exp2_difference",
     "find_group",
     "find_item",
@@ -21,9 +24,11 @@ __all__ = [
     "integer_power",
     "key_of",
     "larger",
+    "largest_magnitude",
     "last_column",
     "load_columns",
     "load_rows",
+    "load_scales",
     "max_and_index",
     "next_largest",
     "normalized",
@@ -31,15 +36,21 @@ __all__ = [
     "power",
     "rint",
     "rounded",
+    "scale_of_codes",
     "score_keys",
     "score_latent",
     "sink_scores",
     "smaller",
     "split_length",
+    "store_codes",
+    "store_encoded",
+    "store_scales",
     "tanh",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SCALE_BYTES = tl.constexpr(4)
+"""A row of codes in a KV cache begins with its scale, a float32 (runtime/core/model/kv_form.py)."""
 
 
 @triton.jit
@@ -202,37 +213,120 @@ def find_item(counts, item):
 
 
 @triton.jit
-def load_rows(rows, is_row, D: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns FIRST to FIRST + BLOCK of rows of D elements, [M, BLOCK]: rows [M, 1] are pointers; absent ones are 0."""
+def e4m3_values(code):
+    """f32: the values of float8 e4m3 in i32, whose fields a float32 has elsewhere, with another bias."""
+    magnitude = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    return tl.where(code < 128, magnitude, -magnitude)
+
+
+@triton.jit
+def code_values(code, E: tl.constexpr):
+    """E: the values of codes, integers (i8) or float8 e4m3 (u8), without their scales."""
+    values = code if code.dtype == tl.int8 else e4m3_values(code.to(tl.int32))
+    return values.to(E)
+
+
+@triton.jit
+def aligned(stride):
+    """A stride of rows of codes, in bytes. It is a multiple of 4, of which the compiler learns here."""
+    return stride // 4 * 4
+
+
+@triton.jit
+def largest_magnitude(value, is_inside):
+    """The largest magnitude of each row of f32 [M, N], as [M, 1]; NaN if one is NaN."""
+    return amax(tl.where(is_inside, tl.abs(value), 0.0), 1)[:, None]
+
+
+@triton.jit
+def scale_of_codes(rows, largest):
+    """The scale of rows of codes with this largest magnitude, which gets the largest code: 127, or 448 of float8."""
+    return tl.div_rn(largest, 127.0 if rows.dtype.element_ty == tl.int8 else 448.0)
+
+
+@triton.jit
+def store_scales(rows, scale, is_row):
+    tl.store(rows.to(tl.pointer_type(tl.float32), bitcast=True), scale, mask=is_row)
+
+
+@triton.jit
+def store_codes(rows, i, value, scale, is_inside):
+    """Stores the codes nearest to value / scale, f32, at i of the rows; 0 if the scale is not finite, or 0."""
+    is_usable = (scale > 0.0) & (scale < float("inf"))
+    quotient = tl.where(is_usable, tl.div_rn(value, tl.where(is_usable, scale, 1.0)), 0.0)
+    if rows.dtype.element_ty == tl.int8:
+        code = rint(tl.minimum(tl.maximum(quotient, -127.0), 127.0)).to(tl.int8)
+    else:
+        magnitude = tl.minimum(tl.abs(quotient), 448.0)
+        bits = magnitude.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # to even; the bias of the exponent is 7
+        subnormal = rint(magnitude * 512.0).to(tl.int32)
+        sign = (quotient.to(tl.int32, bitcast=True) >> 24) & 0x80
+        code = (tl.where(magnitude < 0.015625, subnormal, normal) | sign).to(tl.uint8)
+    tl.store(rows + SCALE_BYTES + i, code, mask=is_inside)
+
+
+@triton.jit
+def store_encoded(rows, i, value, is_inside, is_row):
+    """Stores rows [M, 1] of codes with their scales, from all their elements f32 [M, N]."""
+    scale = scale_of_codes(rows, largest_magnitude(value, is_inside))
+    store_scales(rows, scale, is_row)
+    store_codes(rows, i, value, scale, is_inside)
+
+
+@triton.jit
+def load_scales(rows, is_row):
+    return tl.load(rows.to(tl.pointer_type(tl.float32), bitcast=True), mask=is_row, other=0.0)
+
+
+@triton.jit
+def load_rows(rows, is_row, D: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr):
+    """Columns FIRST to FIRST + BLOCK of rows of D elements, E[M, BLOCK]: rows [M, 1] are pointers; absent ones are 0.
+
+    Of rows of another type than E, which are codes, the values without scales.
+    """
     d = FIRST + tl.arange(0, BLOCK)[None, :]
-    return tl.load(rows + d, mask=is_row if FIRST + BLOCK <= D else is_row & (d < D), other=0.0)
+    is_inside = is_row if FIRST + BLOCK <= D else is_row & (d < D)
+    if rows.dtype.element_ty == E:
+        values = tl.load(rows + d, mask=is_inside, other=0.0)
+    else:
+        values = code_values(tl.load(rows + SCALE_BYTES + d, mask=is_inside, other=0), E)
+    return values
 
 
 @triton.jit
 def score_keys(queries, rest, keys, is_key, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """Products [M, N] of queries and N keys of D elements: the first BLOCK_D of each, and BLOCK_R more with `rest`."""
-    score = tl.dot(queries, load_columns(keys, is_key, D, 0, BLOCK_D), input_precision="ieee")
+    E: tl.constexpr = queries.dtype
+    score = tl.dot(queries, load_columns(keys, is_key, D, 0, BLOCK_D, E), input_precision="ieee")
     if BLOCK_R > 0:
-        score = tl.dot(rest, load_columns(keys, is_key, D, BLOCK_D, BLOCK_R), score, input_precision="ieee")
+        score = tl.dot(rest, load_columns(keys, is_key, D, BLOCK_D, BLOCK_R, E), score, input_precision="ieee")
+    if keys.dtype.element_ty != E:
+        score = score * load_scales(keys, is_key)[None, :]
     return score
 
 
 @triton.jit
 def score_latent(queries, rest, keys, is_key, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """score_keys, and the first BLOCK_D elements of the keys [N, BLOCK_D], which are the values in latent attention."""
-    values = load_rows(keys[:, None], is_key[:, None], D, 0, BLOCK_D)
+    E: tl.constexpr = queries.dtype
+    values = load_rows(keys[:, None], is_key[:, None], D, 0, BLOCK_D, E)
     score = tl.dot(queries, tl.trans(values), input_precision="ieee")
     if BLOCK_R > 0:
-        score = tl.dot(rest, load_columns(keys, is_key, D, BLOCK_D, BLOCK_R), score, input_precision="ieee")
+        score = tl.dot(rest, load_columns(keys, is_key, D, BLOCK_D, BLOCK_R, E), score, input_precision="ieee")
     return score, values
 
 
 @triton.jit
-def load_columns(keys, is_key, D: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """load_rows of keys [N], transposed: [BLOCK, N]."""
+def load_columns(keys, is_key, D: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr):
+    """load_rows of keys [N], transposed: E[BLOCK, N]."""
     d = FIRST + tl.arange(0, BLOCK)[:, None]
-    is_key = is_key[None, :]
-    return tl.load(keys[None, :] + d, mask=is_key if FIRST + BLOCK <= D else is_key & (d < D), other=0.0)
+    is_inside = is_key[None, :] if FIRST + BLOCK <= D else is_key[None, :] & (d < D)
+    if keys.dtype.element_ty == E:
+        values = tl.load(keys[None, :] + d, mask=is_inside, other=0.0)
+    else:
+        values = code_values(tl.load(keys[None, :] + SCALE_BYTES + d, mask=is_inside, other=0), E)
+    return values
 
 
 @triton.jit
@@ -250,17 +344,19 @@ def max_and_index(value, index, AXIS: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(score, values, acc, row_max, row_sum):
+def online_softmax(score, values, acc, row_max, row_sum, scales=None):
     """Adds a tile of keys to a running softmax: score [M, N] in base 2, -inf where masked; values [N, D].
 
     acc [M, D] is the sum of the values, each times its weight 2 ** (score - row_max); row_sum [M] is the sum of the
-    weights, row_max [M] the greatest score.
+    weights, row_max [M] the greatest score. Values of codes have `scales` [N], which multiply the weights.
     """
     new_max = tl.maximum(row_max, tl.max(score, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
     weight = tl.exp2(score - base[:, None])
     scaling = tl.exp2(row_max - base)
     row_sum = row_sum * scaling + tl.sum(weight, 1)
+    if scales is not None:
+        weight = weight * scales[None, :]
     acc = tl.dot(weight.to(values.dtype), values, acc * scaling[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
+
 __all__ = [
     "kv_store",
 ]
@@ -39,16 +41,20 @@ def _kv_store_kernel(
     h, d, dv = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     is_key, is_value = (h < HEADS) & (d < D), (h < HEADS) & (dv < DV)
     key = tl.load(k + t * k_row + h * k_head + d, mask=is_key)
-    tl.store(k_cache + slot * k_slot + h * k_cache_head + d, key, mask=is_key)
     value = tl.load(v + t * v_row + h * v_head + dv, mask=is_value)
-    tl.store(v_cache + slot * v_slot + h * v_cache_head + dv, value, mask=is_value)
+    if k_cache.dtype.element_ty == k.dtype.element_ty:
+        tl.store(k_cache + slot * k_slot + h * k_cache_head + d, key, mask=is_key)
+        tl.store(v_cache + slot * v_slot + h * v_cache_head + dv, value, mask=is_value)
+    else:
+        device.store_encoded(k_cache + slot * k_slot + h * k_cache_head, d, key.to(tl.float32), is_key, h < HEADS)
+        device.store_encoded(v_cache + slot * v_slot + h * v_cache_head, dv, value.to(tl.float32), is_value, h < HEADS)
 
 
 def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Writes k and v, [T, Nkv, D], to the slots (block * BS + offset) of the caches; returns the caches."""
     T, Nkv, D = k.shape
     Dv = v.shape[2]
-    k_slots, v_slots = k_cache.view(-1, Nkv, D), v_cache.view(-1, Nkv, Dv)
+    k_slots, v_slots = k_cache.view(-1, Nkv, k_cache.shape[-1]), v_cache.view(-1, Nkv, v_cache.shape[-1])
     if T == 0:
         return k_cache, v_cache
     _kv_store_kernel[(T,)](

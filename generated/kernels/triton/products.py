@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
+
 __all__ = ["configuration", "gated_product", "product", "stored", "weight_tile"]
 
 
@@ -55,9 +57,8 @@ def decoded(row_ptrs, k, is_valid, CODES: tl.constexpr):
         code = field(row_ptrs, CODES[8], k, is_valid, 4) | (field(row_ptrs, CODES[9], k, is_valid, 2) << 4)
     else:
         code = field(row_ptrs, CODES[8], k, is_valid, BITS)
-    if CODES[2]:  # e4m3: float32 has the same fields in other places, and another bias of the exponent
-        magnitude = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
-        value = tl.where(code < 128, magnitude, -magnitude)
+    if CODES[2]:
+        value = device.e4m3_values(code)
     elif CODES[7] >= 0:
         value = by_group(row_ptrs, CODES[7], code, is_valid, tl.float32)
     else:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..reference.qk import qk_norm_1p_rope_kv_store as reference_qk_norm_1p_rope_kv_store
 from ..reference.qk import qk_norm_rope_kv_store as reference_qk_norm_rope_kv_store
+from ..reference.qk import qk_rope_interleaved_kv_store as reference_qk_rope_interleaved_kv_store
+from ..reference.qk import qk_rope_kv_store as reference_qk_rope_kv_store
 from . import device
 from .tiles import LONGEST_TILE, dense, row_tile, split_tile
 
@@ -102,7 +104,7 @@ def _qk_rope_kv_store_rows1(
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
-    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
     c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
     s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
@@ -112,16 +114,42 @@ def _qk_rope_kv_store_rows1(
     )
     y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
     y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
-    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
     same_2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
-    i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    if k_out.dtype.element_ty == E:
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
+        )
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
+        )
+    else:
+        k_out_rows = k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv
+        k_out_largest = device.largest_magnitude(y1_2, is_row & in_Dr)
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(y2_2, is_row & in_Dr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(same_2, is_row & in_DDr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_scale = device.scale_of_codes(k_out_rows, k_out_largest)
+        device.store_scales(k_out_rows, k_out_scale, is_row)
+        device.store_codes(k_out_rows, i_Dr, y1_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr // 2 + i_Dr, y2_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr + i_DDr, same_2, k_out_scale, is_row & in_DDr)
+    if v_out.dtype.element_ty == E:
+        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    else:
+        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
+        v_out_largest = device.largest_magnitude(v, is_row & in_D)
+        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
+        device.store_scales(v_out_rows, v_out_scale, is_row)
+        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
 
 
 @triton.jit(do_not_specialize=["T", "programs"])
@@ -230,6 +258,8 @@ def qk_rope_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    if max(Dr // 2, D - Dr, D) > LONGEST_TILE:
+        return reference_qk_rope_kv_store(qkv, pos, cos, sin, k_cache, v_cache, slots, Nq=Nq, Nkv=Nkv, D=D)
     qkv, pos, cos, sin, slots = dense(qkv, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
@@ -237,7 +267,7 @@ def qk_rope_kv_store(
     columns = max(Dr // 2, D - Dr)
     tile_0 = split_tile(columns)
     columns = max(Dr // 2, D - Dr, D)
-    tile_1 = split_tile(columns)
+    tile_1 = row_tile(columns)
     programs = tile_0.grid(T * Nq)[0]
     num_programs = programs + tile_1.grid(T * Nkv)[0]
     if num_programs > 0:
@@ -364,7 +394,7 @@ def _qk_rope_interleaved_kv_store_rows1(
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
-    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
     c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
     s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
@@ -372,16 +402,42 @@ def _qk_rope_interleaved_kv_store_rows1(
     b_2 = tl.load(qkv + i_T * qkv_T + D * Nq + 1 + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
     y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
     y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 2 * i_Dr, y1_2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 1 + 2 * i_Dr, y2_2, mask=is_row & in_Dr)
-    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
     same_2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
-    i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    if k_out.dtype.element_ty == E:
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 2 * i_Dr, y1_2, mask=is_row & in_Dr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 1 + 2 * i_Dr, y2_2, mask=is_row & in_Dr
+        )
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
+        )
+    else:
+        k_out_rows = k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv
+        k_out_largest = device.largest_magnitude(y1_2, is_row & in_Dr)
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(y2_2, is_row & in_Dr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(same_2, is_row & in_DDr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_scale = device.scale_of_codes(k_out_rows, k_out_largest)
+        device.store_scales(k_out_rows, k_out_scale, is_row)
+        device.store_codes(k_out_rows, 2 * i_Dr, y1_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, 1 + 2 * i_Dr, y2_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr + i_DDr, same_2, k_out_scale, is_row & in_DDr)
+    if v_out.dtype.element_ty == E:
+        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    else:
+        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
+        v_out_largest = device.largest_magnitude(v, is_row & in_D)
+        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
+        device.store_scales(v_out_rows, v_out_scale, is_row)
+        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
 
 
 @triton.jit(do_not_specialize=["T", "programs"])
@@ -490,6 +546,8 @@ def qk_rope_interleaved_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    if max(Dr // 2, D - Dr, D) > LONGEST_TILE:
+        return reference_qk_rope_interleaved_kv_store(qkv, pos, cos, sin, k_cache, v_cache, slots, Nq=Nq, Nkv=Nkv, D=D)
     qkv, pos, cos, sin, slots = dense(qkv, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
@@ -497,7 +555,7 @@ def qk_rope_interleaved_kv_store(
     columns = max(Dr // 2, D - Dr)
     tile_0 = split_tile(columns)
     columns = max(Dr // 2, D - Dr, D)
-    tile_1 = split_tile(columns)
+    tile_1 = row_tile(columns)
     programs = tile_0.grid(T * Nq)[0]
     num_programs = programs + tile_1.grid(T * Nkv)[0]
     if num_programs > 0:
@@ -666,7 +724,6 @@ def _qk_norm_rope_kv_store_rows1(
     xf_2 = kh
     ms_2 = tl.sum(tl.where(in_D, xf_2 * xf_2, 0.0), 1)[:, None] / D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
@@ -696,8 +753,6 @@ def _qk_norm_rope_kv_store_rows1(
     )
     y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
     y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
     k_norm_shared2 = tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)
@@ -710,7 +765,36 @@ def _qk_norm_rope_kv_store_rows1(
         * k_norm_shared2,
         E,
     )
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
+    if v_out.dtype.element_ty == E:
+        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    else:
+        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
+        v_out_largest = device.largest_magnitude(v, is_row & in_D)
+        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
+        device.store_scales(v_out_rows, v_out_scale, is_row)
+        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
+    if k_out.dtype.element_ty == E:
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
+        )
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
+        )
+    else:
+        k_out_rows = k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv
+        k_out_largest = device.largest_magnitude(y1_2, is_row & in_Dr)
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(y2_2, is_row & in_Dr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(same_2, is_row & in_DDr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_scale = device.scale_of_codes(k_out_rows, k_out_largest)
+        device.store_scales(k_out_rows, k_out_scale, is_row)
+        device.store_codes(k_out_rows, i_Dr, y1_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr // 2 + i_Dr, y2_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr + i_DDr, same_2, k_out_scale, is_row & in_DDr)
 
 
 @triton.jit(do_not_specialize=["T", "programs"])
@@ -1006,7 +1090,6 @@ def _qk_norm_1p_rope_kv_store_rows1(
     xf_2 = kh
     ms_2 = tl.sum(tl.where(in_D, xf_2 * xf_2, 0.0), 1)[:, None] / D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
@@ -1030,8 +1113,6 @@ def _qk_norm_1p_rope_kv_store_rows1(
     )
     y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
     y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
     k_norm_shared2 = tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)
@@ -1041,7 +1122,36 @@ def _qk_norm_1p_rope_kv_store_rows1(
         * (1.0 + k_norm_shared2),
         E,
     )
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
+    if v_out.dtype.element_ty == E:
+        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    else:
+        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
+        v_out_largest = device.largest_magnitude(v, is_row & in_D)
+        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
+        device.store_scales(v_out_rows, v_out_scale, is_row)
+        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
+    if k_out.dtype.element_ty == E:
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
+        )
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
+        )
+    else:
+        k_out_rows = k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv
+        k_out_largest = device.largest_magnitude(y1_2, is_row & in_Dr)
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(y2_2, is_row & in_Dr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_largest = tl.maximum(
+            k_out_largest, device.largest_magnitude(same_2, is_row & in_DDr), propagate_nan=tl.PropagateNan.ALL
+        )
+        k_out_scale = device.scale_of_codes(k_out_rows, k_out_largest)
+        device.store_scales(k_out_rows, k_out_scale, is_row)
+        device.store_codes(k_out_rows, i_Dr, y1_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr // 2 + i_Dr, y2_2, k_out_scale, is_row & in_Dr)
+        device.store_codes(k_out_rows, Dr + i_DDr, same_2, k_out_scale, is_row & in_DDr)
 
 
 @triton.jit(do_not_specialize=["T", "programs"])

@@ -107,7 +107,10 @@ TARGETS: dict[str, Target] = {
                 ),
             ),
             "paged_prefill": (
-                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 2, "D": 64, "Dv": 64, "FORM": 1}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}
+                ),
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
@@ -312,12 +315,24 @@ TARGETS: dict[str, Target] = {
         kernels={
             "paged_decode": (
                 Configuration(
-                    {"E": 2, "D": 128, "Dv": 128},
+                    {"E": 2, "D": 128, "Dv": 128, "FORM": 1},
                     {
                         "SPLIT": 256,
                         "MAX_SPLITS": 32,
                         "BLOCK_H": 32,
                         "BLOCK_N": 64,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 128, "Dv": 128},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 32,
+                        "BLOCK_N": 32,
                         "PROGRAMS": 3,
                         "WARPS": 4,
                         "STAGES": 5,
@@ -336,7 +351,7 @@ TARGETS: dict[str, Target] = {
                     },
                 ),
                 Configuration(
-                    {"E": 2, "D": 256, "Dv": 256},
+                    {"E": 2, "D": 256, "Dv": 256, "FORM": 1},
                     {
                         "SPLIT": 256,
                         "MAX_SPLITS": 32,
@@ -345,6 +360,18 @@ TARGETS: dict[str, Target] = {
                         "PROGRAMS": 3,
                         "WARPS": 4,
                         "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 256, "Dv": 256},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 16,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 4,
                     },
                 ),
                 Configuration(
@@ -379,7 +406,10 @@ TARGETS: dict[str, Target] = {
             ),
             "paged_prefill": (
                 Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
-                Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 3}),
+                Configuration(
+                    {"E": 2, "D": 256, "Dv": 256, "FORM": 1}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 3}
+                ),
+                Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 16, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 32, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 4, "STAGES": 2}),
                 Configuration(
@@ -451,12 +481,24 @@ TARGETS: dict[str, Target] = {
         kernels={
             "paged_decode": (
                 Configuration(
-                    {"E": 2, "D": 128, "Dv": 128},
+                    {"E": 2, "D": 128, "Dv": 128, "FORM": 1},
                     {
                         "SPLIT": 256,
                         "MAX_SPLITS": 32,
                         "BLOCK_H": 32,
                         "BLOCK_N": 64,
+                        "PROGRAMS": 3,
+                        "WARPS": 4,
+                        "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 128, "Dv": 128},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 32,
+                        "BLOCK_N": 32,
                         "PROGRAMS": 3,
                         "WARPS": 4,
                         "STAGES": 5,
@@ -475,7 +517,7 @@ TARGETS: dict[str, Target] = {
                     },
                 ),
                 Configuration(
-                    {"E": 2, "D": 256, "Dv": 256},
+                    {"E": 2, "D": 256, "Dv": 256, "FORM": 1},
                     {
                         "SPLIT": 256,
                         "MAX_SPLITS": 32,
@@ -484,6 +526,18 @@ TARGETS: dict[str, Target] = {
                         "PROGRAMS": 3,
                         "WARPS": 4,
                         "STAGES": 5,
+                    },
+                ),
+                Configuration(
+                    {"E": 2, "D": 256, "Dv": 256},
+                    {
+                        "SPLIT": 256,
+                        "MAX_SPLITS": 32,
+                        "BLOCK_H": 16,
+                        "BLOCK_N": 32,
+                        "PROGRAMS": 3,
+                        "WARPS": 8,
+                        "STAGES": 4,
                     },
                 ),
                 Configuration(
@@ -519,7 +573,10 @@ TARGETS: dict[str, Target] = {
             "paged_prefill": (
                 Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 3}),
                 Configuration({"E": 2, "D": 192, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 3}),
-                Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration(
+                    {"E": 2, "D": 256, "Dv": 256, "FORM": 1}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}
+                ),
+                Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 128, "BLOCK_N": 16, "WARPS": 8, "STAGES": 2}),
                 Configuration(
                     {"E": 2, "D": 576, "Dv": 512, "ODD": 1}, {"BLOCK_M": 64, "BLOCK_N": 16, "WARPS": 8, "STAGES": 2}
                 ),
@@ -649,8 +706,14 @@ TARGETS: dict[str, Target] = {
                 ),
             ),
             "paged_prefill": (
-                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}),
-                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration(
+                    {"E": 2, "D": 64, "Dv": 64, "FORM": 1}, {"BLOCK_M": 128, "BLOCK_N": 64, "WARPS": 8, "STAGES": 2}
+                ),
+                Configuration({"E": 2, "D": 64, "Dv": 64}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),
+                Configuration(
+                    {"E": 2, "D": 128, "Dv": 128, "FORM": 1}, {"BLOCK_M": 128, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}
+                ),
+                Configuration({"E": 2, "D": 128, "Dv": 128}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 1}),
                 Configuration({"E": 2, "D": 256, "Dv": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 4, "STAGES": 2}),
                 Configuration({"E": 2, "D": 576, "Dv": 512}, {"BLOCK_M": 16, "BLOCK_N": 16, "WARPS": 4, "STAGES": 1}),
                 Configuration({"E": 4, "D": 64, "Dv": 64}, {"BLOCK_M": 64, "BLOCK_N": 32, "WARPS": 8, "STAGES": 2}),

@@ -48,6 +48,7 @@ def _varlen_attention_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    E: tl.constexpr = q.dtype.element_ty
     TOKENS: tl.constexpr = max(BLOCK_M // G, 1)
     HEAD_TILES: tl.constexpr = (G + BLOCK_M - 1) // BLOCK_M
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they start first
@@ -70,8 +71,8 @@ def _varlen_attention_kernel(
     m_last = length - num_tokens + tl.minimum(token + TOKENS, num_tokens) - 1
     t = (begin + row).to(tl.int64)[:, None]
     q_rows = q + t * q_row + h * q_head
-    queries = device.load_rows(q_rows, is_row, D, 0, BLOCK_D)
-    rest = device.load_rows(q_rows, is_row, D, BLOCK_D, BLOCK_R) if BLOCK_R > 0 else queries
+    queries = device.load_rows(q_rows, is_row, D, 0, BLOCK_D, E)
+    rest = device.load_rows(q_rows, is_row, D, BLOCK_D, BLOCK_R, E) if BLOCK_R > 0 else queries
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -119,7 +120,7 @@ def _varlen_attention_kernel(
                     float("-inf"),
                 )
             if not LATENT:
-                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV)
+                values = device.load_rows(value_rows[:, None], is_key[:, None], DV, 0, BLOCK_DV, E)
             acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
     result = device.normalized(acc, row_sum)
     tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])

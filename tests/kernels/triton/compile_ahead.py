@@ -35,7 +35,9 @@ from sageLLM.generated.kernels.triton.targets import COVERED, why_reference
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TypePattern
+from sageLLM.runtime.core.model.kv_form import KV_FORMS, SCALE_BYTES
 from sageLLM.runtime.kernels.coded_tensor import CodedTensor, CodeLayout
+from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
 
 TREE = Path(os.environ.get("SAGELLM_TREE", "sageLLM/generated"))
 sys.path += [str(TREE.parent)] if TREE.is_absolute() else []
@@ -125,6 +127,7 @@ class Case(NamedTuple):
     part: str = ""
     skipped: tuple[str, ...] = ()  # ends of the names of kernels that are not compiled
     codes: str = ""  # the weight's codes, of CODES
+    kv_form: str = ""  # the form of KV caches of codes
 
 
 def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
@@ -154,6 +157,14 @@ def cases_of_sizes(ops: Container[str]) -> Iterator[Case]:
         for count in coded[name] if name in ops else ():
             label = f"codes of {codes}, {name} {count} rows bf16"
             yield Case(label, name, SIZES | dict.fromkeys("RST", count), codes=codes)
+    for form, name in product(KV_FORMS, ("kv_store", "qk_rope_kv_store", "qk_norm_rope_kv_store")):
+        if name in ops:
+            yield Case(f"KV of {form}, {name} bf16", name, SIZES, kv_form=form)
+    for (D, Dv), form in product(HEAD_SIZES[:4], KV_FORMS):
+        for name in ("paged_prefill_attention", "paged_decode_attention"):
+            if name in ops:
+                heads = {"D": D, "Dv": Dv, "Nkv": 2, "Nq": 8}
+                yield Case(f"KV of {form}, {name} {D}{f'/{Dv}' * (Dv != D)} bf16", name, SIZES | heads, kv_form=form)
 
 
 def compile_op(
@@ -162,6 +173,7 @@ def compile_op(
     dtype: torch.dtype = torch.bfloat16,
     skipped: tuple[str, ...] = (),
     codes: str = "",
+    kv_form: str = "",
 ) -> dict[str, Any]:
     """The kernels that one call of the op's launcher would run, by name, without those of `skipped`."""
     found: dict[str, Any] = {}
@@ -175,13 +187,15 @@ def compile_op(
 
     JITFunction.run = record
     try:
-        KERNELS[name](*operands(name, sizes, dtype, codes), **attrs(name, sizes))
+        KERNELS[name](*operands(name, sizes, dtype, codes, kv_form), **attrs(name, sizes))
     finally:
         JITFunction.run = original
     return found
 
 
-def operands(name: str, sizes: Mapping[str, int], dtype: torch.dtype, codes: str = "") -> list[torch.Tensor | None]:
+def operands(
+    name: str, sizes: Mapping[str, int], dtype: torch.dtype, codes: str = "", kv_form: str = ""
+) -> list[torch.Tensor | None]:
     """Tensors without data; of the optional operands only weights and biases."""
     op = OPS[name]
     absent = op.optional_inputs - {"w", "bias"}
@@ -192,6 +206,10 @@ def operands(name: str, sizes: Mapping[str, int], dtype: torch.dtype, codes: str
         weight = TABLES.CODED[name]
         rows = torch.empty(*made[weight].shape[:-1], 8192, dtype=torch.uint8, device="meta")
         made[weight] = CodedTensor(made[weight].shape, dtype, rows, CODES[codes], codes)
+    for cache in ("k_cache", "v_cache") if kv_form else ():
+        *outer, width = made[cache].shape
+        kind = TORCH_TYPES[KV_FORMS[kv_form]]
+        made[cache] = torch.empty(*outer, width + SCALE_BYTES, dtype=kind, device="meta")
     return [*made.values()]
 
 
@@ -268,7 +286,7 @@ def case_needs(target: str, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
     if reason := why_reference_of(case, target):
         yield case.label, {"reference": reason}
         return
-    for name, kernel in compile_op(case.op, case.sizes, case.dtype, case.skipped, case.codes).items():
+    for name, kernel in compile_op(case.op, case.sizes, case.dtype, case.skipped, case.codes, case.kv_form).items():
         own = name.removeprefix(f"_{case.op}_")
         yield f"{case.label}{case.part} {own}", needs(name, kernel, TARGETS[target])
 

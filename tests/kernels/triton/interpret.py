@@ -13,21 +13,24 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import checks
+import kv_checks
 import torch
 from compare import Finding
 from triton.runtime.interpreter import GridExecutor
 
-from sageLLM import LLM, SamplingParams
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.runtime.core.model.kv_form import KV_FORMS
 from sageLLM.runtime.kernels.triton_interpreter import patch_interpreter
 from sageLLM.runtime.quantize.checkpoint import quantize_checkpoint
 from sageLLM.runtime.quantize.scheme import Scheme
@@ -43,9 +46,11 @@ def findings(everything: bool) -> Iterator[Finding]:
     for finding in checks.findings(everything):
         run.add(finding.op)
         yield finding
+    yield from kv_checks.findings(everything)
     yield from (Finding(op, "", "", 0.0, "was not run") for op in KERNELS if op not in run)
     yield from engine_findings(3 if everything else 2)
     yield coded_engine_finding(2)
+    yield coded_cache_finding(2, [*KV_FORMS] if everything else [random.choice([*KV_FORMS])])
     yield routing_finding()
     yield benchmark_finding(everything)
 
@@ -80,6 +85,17 @@ def coded_engine_finding(num_tokens: int) -> Finding:
         forms = {one.form for one in engines[1].weight_stats()}
     wrong = "" if tokens[0] == tokens[1] else "other tokens"
     return Finding("engine", f"codes {tokens}", "bf16", 0.0, wrong if "int4 in groups of 32" in forms else str(forms))
+
+
+def coded_cache_finding(num_tokens: int, forms: Sequence[str]) -> Finding:
+    """KV caches of codes: the tokens of a prompt in two chunks are those of the references."""
+    found, chunks = {}, PDSchedulerConfig(max_prefill_tokens=16)
+    for form, kernels in product(forms, ("reference", "triton")):
+        llm = LLM(model=MODEL, kernels=kernels, kv_cache_dtype=form, scheduler=chunks)
+        [request] = llm.generate([list(range(20, 44))], SamplingParams(max_tokens=num_tokens, temperature=0.0))
+        found[form, kernels] = request.outputs[0].token_ids
+    is_same = all(found[form, "triton"] == found[form, "reference"] for form in forms)
+    return Finding("engine", "KV codes", "bf16", 0.0, "" if is_same else f"other tokens: {found}")
 
 
 def routing_finding() -> Finding:
