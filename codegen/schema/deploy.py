@@ -89,7 +89,7 @@ class RoleSpec(Strict):
     @classmethod
     def _addresses(cls, hosts: list[str]) -> list[str]:
         for host in hosts:
-            if not re.match(ADDRESS, host):
+            if not re.fullmatch(ADDRESS, host):
                 raise BrokenRule(
                     f"'{host[:40]}' is not the name or address of a host", "write a host name or an IP address"
                 )
@@ -186,12 +186,12 @@ class DeployFile(Strict):
     @classmethod
     def _only_further_options(cls, options: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
         for name in options:
-            if not re.match(OPTION, name):
+            if not re.fullmatch(OPTION, name):
                 raise BrokenRule(
                     f"'{name[:40]}' is not the name of an option",
                     "write an option of `sagellm serve` without its hyphens, such as `dtype`",
                 )
-            if (remedy := OWN_FIELDS.get(name.replace("-", "_"))) is not None:
+            if (remedy := OWN_FIELDS.get(name.replace("-", "_").removeprefix("no_"))) is not None:
                 raise BrokenRule(f"`options` must not set `{name}`", remedy)
         return options
 
