@@ -12,7 +12,7 @@ from sageLLM.runtime.errors import MAX_MESSAGE_LEN, SageError
 
 
 def convert(model: Path, out: Path, form: str | None) -> int:
-    """Prints the number of tensors, and the progress to a terminal. Exit code 1: an error."""
+    """Prints the numbers of tensors by format, and the progress to a terminal. Exit code 1: an error."""
     from sageLLM.runtime.convert.convert import convert as write_converted  # torch, only for this
     from sageLLM.runtime.registry.plugins import load_registry
 
@@ -22,5 +22,6 @@ def convert(model: Path, out: Path, form: str | None) -> int:
     except (SageError, OSError) as error:
         print(f"error: {printable(str(error), MAX_MESSAGE_LEN)}", file=sys.stderr)
         return 1
-    print(f"{out}: {done.num_tensors} tensors in {done.form}, written in {time.monotonic() - start:.1f} s")
+    counts = ", ".join(f"{count} tensors in {form}" for form, count in done.items())
+    print(f"{out}: {counts}, written in {time.monotonic() - start:.1f} s")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from sageLLM.runtime.convert.source import Progress, open_source
 from sageLLM.runtime.convert.to_folder import float_type, write_folder
@@ -15,32 +14,26 @@ GGUF_SUFFIX = ".gguf"
 GGUF_DEFAULT = "bfloat16"
 
 
-class Converted(NamedTuple):
-    """The format of the weights, and the number of tensors in it."""
-
-    form: str
-    num_tensors: int
-
-
 def convert(
     model: Path,
     out: Path,
     registry: Registry,
     form: str | None = None,
     progress: Progress = lambda done, total: None,
-) -> Converted:
+) -> dict[str, int]:
     """Writes `model`, a folder or a GGUF file, as the GGUF file or the folder `out`, with weights in the format `form`.
 
-    By default that is bfloat16 for a file, and the type of the model for a folder. Raises CheckpointError for a model
-    or a format that cannot be written, and if `out` exists.
+    By default that is bfloat16 for a file, and the type of the model for a folder. Returns the numbers of tensors by
+    format, of a file those of matrices: some have another, by a recipe or for rows of incomplete blocks. Raises
+    CheckpointError for a model or a format that cannot be written, and if `out` exists.
     """
     with draft_of(out) as draft:
         source = open_source(model, registry)
         try:
             if out.suffix == GGUF_SUFFIX:
                 form = (form or GGUF_DEFAULT).lower()  # users know names such as Q4_K_M
-                return Converted(form, write_gguf(source, draft, form, registry, progress))
+                return write_gguf(source, draft, form, registry, progress)
             form = form or float_type(source)
-            return Converted(form, write_folder(source, draft, form, progress))
+            return {form: write_folder(source, draft, form, progress)}
         finally:
             source.checkpoint.close()

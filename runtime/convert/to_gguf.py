@@ -5,6 +5,7 @@ A weight of the checkpoint is in memory as it is stored, and some of its rows as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def gguf_formats(method: QuantMethod) -> dict[str, Format]:
     return {one.name: one for one in method.formats if one.name in FLOATS or one.written is not None}
 
 
-def write_gguf(source: Source, out: Path, form: str, registry: Registry, progress: Progress) -> int:
-    """Writes `out` with matrices in the format `form`; returns the number of tensors in it.
+def write_gguf(source: Source, out: Path, form: str, registry: Registry, progress: Progress) -> dict[str, int]:
+    """Writes `out` with matrices in the format or recipe `form`; returns the numbers of matrices by format.
 
     Vectors and routers are float32. Raises CheckpointError for a checkpoint that GGUF files cannot describe.
     """
@@ -72,8 +73,7 @@ def write_gguf(source: Source, out: Path, form: str, registry: Registry, progres
                 file.write(stored, blocks, start)
                 done += blocks.numel()
                 progress(done, total)
-    names = {recipe.matrices, *(recipe.formats if recipe.file_type is not None else ())}
-    return sum(one.format.name in names for one in planned.values())
+    return dict(Counter(one.format.name for one in planned.values() if len(one.shape) > 1).most_common())
 
 
 def _type(format: Format) -> int:

@@ -78,7 +78,7 @@ def test_recipes_by_name_and_layer(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     sizes = {**SMALL, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 8}
     numbers = {"q4_k": 12, "q5_k": 13, "q6_k": 14, "q5_0": 6}
     source = make_checkpoint("Llama", **sizes, tie_word_embeddings=False)
-    assert convert(source, tmp_path / "m.gguf", REGISTRY, "Q4_K_M").num_tensors == 2 + 7 * 8
+    assert convert(source, tmp_path / "m.gguf", REGISTRY, "Q4_K_M") == {"q4_k": 1 + 5 * 8 + 8, "q6_k": 1 + 2 * 4}
     header = read_gguf_header(tmp_path / "m.gguf")
     types = {name: one.type for name, one in header.tensors.items()}
     assert [types[f"blk.{i}.ffn_down.weight"] for i in range(8)] == [14, 12, 12, 14, 12, 12, 14, 14]
@@ -86,7 +86,8 @@ def test_recipes_by_name_and_layer(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     assert types["output.weight"] == numbers["q6_k"]
     assert (header.metadata["general.file_type"], header.metadata["general.quantization_version"]) == (15, 2)
     tied = make_checkpoint("Llama", **{**sizes, "hidden_size": 192}, tie_word_embeddings=True)
-    convert(tied, tmp_path / "tied.gguf", REGISTRY, "q4_k_m")
+    counts = convert(tied, tmp_path / "tied.gguf", REGISTRY, "q4_k_m")
+    assert counts == {"q5_0": 4 * 8 + 4, "q4_k": 8 + 4, "q8_0": 1 + 4, "q6_k": 4}
     types = {name: one.type for name, one in read_gguf_header(tmp_path / "tied.gguf").tensors.items()}
     assert "output.weight" not in types and types["token_embd.weight"] == 8
     assert types["blk.1.ffn_up.weight"] == numbers["q5_0"] and types["blk.1.ffn_down.weight"] == numbers["q4_k"]
