@@ -281,6 +281,20 @@ def doctor(
     raise typer.Exit(run_doctor(model, url, as_json=json))
 
 
+@app.command(rich_help_panel=RUN)
+def cache(
+    clear: Annotated[
+        Literal["kernels", "weights", "gguf", "all"] | None,
+        typer.Option(help="Delete this part, which is made again when it is needed."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Print the sizes of compiled kernels, packed weights and GGUF headers in the user's cache, or delete them."""
+    from sageLLM.runtime.cli.cache import show_cache
+
+    raise typer.Exit(show_cache(clear, as_json=json))
+
+
 @app.command(rich_help_panel=MEASURE)
 @with_request(SimulateRequest)
 def simulate(request: SimulateRequest) -> None:
