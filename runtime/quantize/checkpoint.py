@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.config_file import read_config_file
 from sageLLM.runtime.loader.draft import draft_of
@@ -169,6 +170,11 @@ class _Writing:
     def _write_codes(self, name: str, codes: Codes) -> None:
         parts = [codes.scales, *([codes.zeros] if codes.zeros is not None else [])]
         for key, tensor in self._copy.scheme.stored(self._values, codes.codes, *parts).items():
+            if tensor.dtype in _FLOATS and not tensor.isfinite().all():  # a scale, and so the weights of its group
+                raise CheckpointError(
+                    f"{self._copy.checkpoint.folder}: {quoted(name)} has values that {self._copy.scheme.name} does not "
+                    "have, or that are not finite; use another --format, or a whole download"
+                )
             self._file.write(name.removesuffix("weight") + key, tensor)
         self._count(name)
 

@@ -195,6 +195,23 @@ def test_what_cannot_be_quantised(make_checkpoint: MakeCheckpoint, tmp_path: Pat
         quantised(source, tmp_path / "long", "int8", sequences=[[1] * 4000])
 
 
+@pytest.mark.parametrize("form", ["int8", "int4-zeros-g32", "fp8-block", "awq-g32"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    form: str, number: float, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Their whole groups would be NaN."""
+    source = make_checkpoint("Llama", **SMALL)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = number
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"'model\.layers\.1\.mlp\.up_proj\.weight' has values that {form} does not have"
+    ):
+        quantised(source, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
 def test_routers_are_kept(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("Qwen3Moe", **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     quantised(source, tmp_path / "out", "int4-g32")
