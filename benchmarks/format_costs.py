@@ -1,6 +1,7 @@
 """Measures loading of a quantised checkpoint in the shape of Llama-2-7B, and the rates of `quantize` and `convert`.
 
     python benchmarks/format_costs.py [--layers 32] [--form int4-g128] [--rate-layers 1] [--cache FOLDER]
+        [--weights-tier mapped]
 
 Weights are random, and written one after another. A load is a new process that answers a prompt of 8 tokens, as in
 `start_up.py`, with a KV cache of 8 blocks; memory is in MB, above that of Python with torch. Rates are MB of bfloat16
@@ -53,26 +54,28 @@ def main() -> None:
     parser.add_argument("--form", default="int4-g128")
     parser.add_argument("--rate-layers", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "sagellm-format-costs"))
+    parser.add_argument("--weights-tier", default="device")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(start_up.start(options.child, max_model_len=64, num_kv_blocks=8)))
+        placed = {"weights_tier": options.weights_tier}
+        print(json.dumps(start_up.start(options.child, max_model_len=64, num_kv_blocks=8, **placed)))
         return
     if options.layers:
         folder = options.cache / f"{options.form}-{options.layers}"
         if not folder.exists():
             write(folder, options.layers, Scheme.parse(options.form, REGISTRY.methods))
-        _load(folder)  # compiles the kernels
-        found = _load(folder)
+        _load(folder, options.weights_tier)  # compiles the kernels
+        found = _load(folder, options.weights_tier)
         print(f"{options.form}, {options.layers} layers: ", end="")
         print(", ".join(f"{name} {found[name]:.2f}" for name in start_up.FIGURES[2:]))
     if options.rate_layers:
         rates(options.cache, options.rate_layers)
 
 
-def _load(folder: Path) -> dict[str, float]:
+def _load(folder: Path, tier: str) -> dict[str, float]:
     """The figures of one new process."""
-    command = [sys.executable, __file__, "--child", str(folder)]
+    command = [sys.executable, __file__, "--child", str(folder), "--weights-tier", tier]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
