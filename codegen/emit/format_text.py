@@ -15,6 +15,7 @@ from sageLLM.codegen.model.format import (
     PowerOfTwo,
     Repeat,
     Stored,
+    StoredLookup,
     StoredTensor,
     Take,
     Value,
@@ -60,7 +61,7 @@ class FormatText:
 
     def _sizes(self, body: str) -> list[str]:
         used = [*self.format.weight, *(name for name, size in self.format.spec.sizes.items() if isinstance(size, str))]
-        return [name for name in used if _occurs(name, body)]
+        return [name for name in dict.fromkeys(used) if _occurs(name, body)]
 
     def _constants(self, body: str) -> list[tuple[str, int]]:
         return [(n, s) for n, s in self.format.spec.sizes.items() if isinstance(s, int) and _occurs(n, body)]
@@ -222,6 +223,8 @@ class FormatText:
                 return self._cut(text, value, dim), _ATOM
             case Lookup(x=x, table=table):
                 return f"lookup({self._text(x)[0]}, {table}, of)", _ATOM
+            case StoredLookup(x=x, table=values):
+                return f"{self._text(values)[0]}[{self._text(x)[0]}]", _ATOM
             case PowerOfTwo(x=x):
                 return f"power_of_two({self._text(x)[0]}, of)", _ATOM
             case Take(x=x, index=index, dim=dim):

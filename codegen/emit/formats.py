@@ -87,6 +87,7 @@ class FormatView:
             "sizes": spec.sizes,
             "unused": tuple(spec.unused),
             "block_bytes": self.format.block_bytes,
+            "state": spec.state,
         }
         found = {name: value for name, value in found.items() if value}
         found |= {"suffix": spec.name} if spec.name != ".weight" else {}

@@ -20,6 +20,7 @@ from sageLLM.codegen.model.format import (
     PowerOfTwo,
     Repeat,
     Stored,
+    StoredLookup,
     StoredTensor,
     Take,
     Value,
@@ -28,7 +29,7 @@ from sageLLM.codegen.model.format import (
 FUNCTIONS = {
     "bits": "bits(words, width, dim), with an order or a run as fourth argument",
     "rep": "rep(x, count, dim)",
-    "lut": "lut(codes, TABLE)",
+    "lut": "lut(codes, TABLE), of a constant table or a stored one",
     "e8m0": "e8m0(bytes)",
     "take": "take(x, index, dim)",
     "cat": "cat(a, b, dim)",
@@ -113,12 +114,20 @@ class _Linker:
                 number, powers = _scale(count)
                 return Repeat(x.kind, self._rescaled(x, dim, number, powers), x, count, dim)
             case "lut":
-                return Lookup("float", x.dims, self._integer(args[0], x), self._table(args[1]))
+                return self._lookup(self._integer(args[0], x), args[1])
             case "e8m0":
                 return PowerOfTwo("float", x.dims, self._integer(args[0], x))
             case "take":
                 return self._take(node, x, self._integer(args[1], self.value(args[1])), self._dim(args[2], x))
         return self._concat(node, x, self.value(args[1]), self._dim(args[2], x))
+
+    def _lookup(self, x: Value, node: ast.expr) -> Value:
+        if not (isinstance(node, ast.Name) and node.id in self.scope.tensors):
+            return Lookup("float", x.dims, x, self._table(node))
+        table = self.value(node)
+        if table.kind != "float" or len(table.dims) != 1:
+            raise self._refuse(node, "a stored table must have floats and one dim", "store it as f32[T]")
+        return StoredLookup("float", x.dims, x, table)
 
     def _bits(self, node: ast.Call, x: Value, args: Sequence[ast.expr]) -> Value:
         if not isinstance(x, Stored) or x.kind != "int":

@@ -19,6 +19,7 @@ from sageLLM.codegen.names import why_not_a_function
 from sageLLM.codegen.schema.formats import FormatsFile, FormatSpec
 
 BYTES = {"u8": 1, "i8": 1, "f8": 1, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8}
+NO_STATE = "add `state: NAME`, a tensor with JSON"
 BLOCK_LEN = "B"
 """The size with the number of elements of a block."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -55,6 +56,7 @@ class _FormatLinker:
 
     def _linked(self) -> FormatDef:
         self._check_names()
+        self._check_state()
         weight = self._weight_dims()
         names = self.spec.block or self.spec.tensors
         if bool(self.spec.block) == bool(self.spec.tensors):
@@ -105,6 +107,23 @@ class _FormatLinker:
                 if not is_word or name == "of":
                     message = f"'{name}' cannot be the name of a value: generated code has a variable of the name"
                     raise self._refuse_key(message, (kind, name), "use lower-case letters, digits and `_`")
+
+    def _check_state(self) -> None:
+        """Names in files are those of tensors, and what comes from the state needs one."""
+        for kind in ("stored", "nested"):
+            for name in getattr(self.spec, kind):
+                if name not in self.spec.tensors:
+                    help = did_you_mean(name, self.spec.tensors)
+                    raise self._refuse_key(f"'{name}' is not a tensor of the format", (kind, name), help)
+        for name, size in self.spec.sizes.items():
+            if is_of_state(size) and self.spec.state is None:
+                raise self._refuse("expected a format with `state`", ("sizes", name), NO_STATE)
+        for name, one in self.spec.nested.items():
+            if self.spec.state is None:
+                raise self._refuse("expected a format with `state`", ("nested", name), NO_STATE)
+            for key in ("block", "offset"):
+                if not is_of_state(getattr(one, key)):
+                    raise self._refuse("expected a key of the state", ("nested", name, key), "write state.KEY")
 
     def _weight_dims(self) -> tuple[str, ...]:
         text = self._text("weight")
@@ -189,6 +208,11 @@ class _FormatLinker:
     def _refuse_key(self, message: str, path: tuple[str, ...], help: str) -> Refused:
         self.sink.error("SAGE603", message, self.entry.key_span(*self.path, *path), help)
         return Refused(message)
+
+
+def is_of_state(size: str | int) -> bool:
+    """Whether a size is a key of the weight's state."""
+    return isinstance(size, str) and size.startswith("state.")
 
 
 def field_bytes(field: StoredTensor, block_len: int) -> int:

@@ -121,6 +121,14 @@ class Lookup(Value):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredLookup(Value):
+    """The elements of a stored table at the integers `x`."""
+
+    x: Value
+    table: Value
+
+
+@dataclass(frozen=True, slots=True)
 class PowerOfTwo(Value):
     """2 ** (x - 127) of a byte (e8m0); 255 is NaN."""
 
@@ -225,6 +233,8 @@ def parts(value: Value) -> Iterator[Value]:
             yield x
         case Take(x=x, index=index):
             yield from (x, index)
+        case StoredLookup(x=x, table=table):
+            yield from (x, table)
 
 
 def walk(value: Value) -> Iterator[Value]:

@@ -82,6 +82,8 @@ def _scaled(product: tuple[Value, ...]) -> tuple[Value, Value | None]:
     match product:
         case (Binary(op="/", a=Stored() as scale, b=Stored(dims=()) as divisor),):
             return scale, divisor
+        case (Stored(kind="float") as scale, Constant() as number):  # as bitsandbytes has 1 / 127
+            return Binary("float", scale.dims, "*", scale, number), None
         case (scale,) if isinstance(_rows_of(scale), Stored | PowerOfTwo):
             return scale, None
         case (Stored(kind="float") as factor, scale) | (scale, Stored(kind="float") as factor) if scale.kind == "int":

@@ -9,6 +9,15 @@ from sageLLM.codegen.schema.base import Strict
 Setting = str | int | bool | None
 
 
+class NestedSpec(Strict):
+    """A tensor of floats that may be stored as bytes: table[byte] * scale + offset, with a scale for each block."""
+
+    table: str = Field(description="the tensor with the 256 values, by its name in files")
+    scales: str = Field(description="the tensor with the scales, by its name in files")
+    block: str = Field(description="the elements that share a scale, in the order of the file: `state.KEY`")
+    offset: str = Field(description="the number that is added: `state.KEY`")
+
+
 class FormatSpec(Strict):
     """A stored form of weights: the tensors in place of a weight, and its value as an expression of them.
 
@@ -29,6 +38,17 @@ class FormatSpec(Strict):
     name: str = Field(default=".weight", description="the end of the weight's name, in place of that of the tensors")
     tensors: dict[str, str] = Field(
         default={}, description='the stored tensors by the last part of their names: "i32[K/8, N]"'
+    )
+    stored: dict[str, str] = Field(
+        default={}, description="tensors with another last part of their names in files, such as `weight.absmax`"
+    )
+    state: str | None = Field(
+        default=None,
+        description="a tensor with JSON, by the last part of its name; sizes may be `state.KEY` then, and tensors are "
+        "stored flat: in the order of their elements, with any dims",
+    )
+    nested: dict[str, NestedSpec] = Field(
+        default={}, description="of formats with a state, tensors of floats that may be stored as bytes"
     )
     separator: Literal[".", "_"] = Field(default=".", description="the character before the last part of their names")
     block: dict[str, str] = Field(

@@ -5,6 +5,7 @@
 from sageLLM.runtime.core.model.formats import QuantMethod
 
 from .awq import AWQ
+from .bitsandbytes import BITSANDBYTES
 from .compressed_tensors import COMPRESSED_TENSORS
 from .fp8 import FP8
 from .gguf import GGUF
@@ -15,6 +16,7 @@ __all__ = ["METHODS"]
 
 METHODS: dict[str, QuantMethod] = {
     "awq": AWQ,
+    "bitsandbytes": BITSANDBYTES,
     "compressed_tensors": COMPRESSED_TENSORS,
     "fp8": FP8,
     "gguf": GGUF,

@@ -75,7 +75,8 @@ def _moved(form: Form, kind: str, parts: Mapping[str, Tensor | int]) -> dict[str
     assert isinstance(codes, Tensor) and isinstance(scales, Tensor), "the codes and scales are tensors"
     zeros = torch.as_tensor(parts.get("zeros", 0))
     rows = codes.shape[:-1]
-    scales = scales if scales.dim() == codes.dim() else scales.expand(*rows, 1)
+    if scales.dim() != codes.dim():  # one for each row, or for all
+        scales = scales.unsqueeze(-1) if scales.shape == rows else scales.expand(*rows, 1)
     if form.values is None and not zeros.dim() and "minima" not in parts and int(zeros) != form.center:
         # A zero of all codes is moved to the center, unless the codes would leave their range.
         codes, distance = _in_bytes(codes, kind, form), form.center - int(zeros)

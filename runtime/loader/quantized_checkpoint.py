@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.kernels.cpu.coded import CodedWeight
 from sageLLM.runtime.loader.codes import coded, why_not_coded
 from sageLLM.runtime.loader.dequantize import dequantize
+from sageLLM.runtime.loader.flat_weights import (
+    State,
+    StateError,
+    nested_names,
+    nested_values,
+    problems_of_nested,
+    read_state,
+    sizes_of,
+    state_name,
+)
 from sageLLM.runtime.loader.format_choice import Choice, Quantized, is_listed
 from sageLLM.runtime.loader.kv_form import is_kv_scale
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint, TensorInfo
@@ -32,16 +43,18 @@ ELEMENTS: Mapping[str, tuple[torch.dtype, ...]] = {
     "float": FLOATS,
 }
 MAX_PROBLEMS = 20
+NO_STATE: State = {}
 Values = Mapping[str, Mapping[str, Callable[..., Any]]]
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight that is stored in a format: its sizes, and the names of its tensors in the files."""
+    """A weight that is stored in a format: its sizes, the names of its tensors in the files, and its state if any."""
 
     format: Format
     sizes: Mapping[str, int]
     names: Mapping[str, str]
+    state: State = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,11 +77,14 @@ class QuantizedCheckpoint(Checkpoint):
             if _is_plain(names, choice.format, stored):
                 continue
             hidden |= {*names.values(), *_unused(module, choice.format, stored)}
-            found = problems_of(module, choice, names, stored, quantized)
+            found, state = problems_of(module, choice, names, stored, quantized), NO_STATE
+            if choice.format.state is not None and not found:
+                hidden |= _names_of_state(module, choice.format, stored)
+                found, state, choice = _with_state(module, choice, names, stored)
             problems += found
             if not found:
                 sizes = _sizes(choice, names, stored)
-                self.weights[module + choice.format.suffix] = QuantizedWeight(choice.format, sizes, names)
+                self.weights[module + choice.format.suffix] = QuantizedWeight(choice.format, sizes, names, state)
         problems += _odd_modules(self.weights, [name for name in stored if name not in hidden], quantized)
         if not problems and not self.weights:
             problems = [f"no weight is quantised, although {quantized.source} says so; remove it to load float weights"]
@@ -85,7 +101,7 @@ class QuantizedCheckpoint(Checkpoint):
         """The tensor; a quantised one is computed in `dtype`, by default float32."""
         if (weight := self.weights.get(name)) is None:
             return self._stored.read(name, rows)
-        tensors = {key: _signed(self._stored.read(stored)) for key, stored in weight.names.items()}
+        tensors = self._tensors(weight)
         function = self._values[weight.format.name]
         found = dequantize(weight.format, function, tensors, weight.sizes, dtype or torch.float32)
         return found if rows is None else found[rows]
@@ -101,10 +117,23 @@ class QuantizedCheckpoint(Checkpoint):
     def read_codes(self, name: str, dtype: torch.dtype) -> CodedWeight | str | None:
         if (weight := self.weights.get(name)) is None:
             return None
-        tensors = {key: _signed(self._stored.read(stored)) for key, stored in weight.names.items()}
+        tensors = self._tensors(weight)
         if (reason := why_not_coded(weight.format, tensors, weight.sizes)) is not None:
             return reason
         return coded(weight.format, self._values[f"{weight.format.name}_codes"], tensors, weight.sizes, dtype)
+
+    def _tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The stored tensors with the dims of the format."""
+        found = {key: _signed(self._stored.read(name)) for key, name in weight.names.items()}
+        if (format := weight.format).state is None:
+            return found
+        for key, nested in format.nested.items():
+            if not found[key].is_floating_point():
+                module = weight.names[key].removesuffix(format.separator + _part(format, key).end)
+                table, scales = (self._stored.read(name) for name in nested_names(module, format, nested))
+                found[key] = nested_values(found[key], table, scales, weight.state, nested)
+        dims = {part.name: [extent.size(weight.sizes) for extent in part.dims] for part in format.tensors}
+        return {key: tensor.reshape(dims[key]) for key, tensor in found.items()}
 
     def close(self) -> None:
         self._stored.close()
@@ -125,7 +154,7 @@ def _modules(names: Iterable[str], quantized: Quantized) -> dict[str, Choice]:
     """The modules with a tensor of their format."""
     found: dict[str, Choice] = {}
     for name in names:
-        for ends in {(one.format.separator, part.name) for one in quantized.choices for part in one.format.tensors}:
+        for ends in {(one.format.separator, part.end) for one in quantized.choices for part in one.format.tensors}:
             module = name.removesuffix("".join(ends))
             if module != name and (choice := quantized.choice(module)) is not None:
                 found.setdefault(module, choice)
@@ -134,7 +163,7 @@ def _modules(names: Iterable[str], quantized: Quantized) -> dict[str, Choice]:
 
 def _names(module: str, format: Format, stored: Checkpoint) -> dict[str, str]:
     """The names of the tensors that are stored, by those in the format."""
-    names = {part.name: f"{module}{format.separator}{part.name}" for part in format.tensors}
+    names = {part.name: f"{module}{format.separator}{part.end}" for part in format.tensors}
     return {key: name for key, name in names.items() if name in stored}
 
 
@@ -159,15 +188,15 @@ def problems_of(
     missing = [part for part in format.tensors if part.name not in names]
     if missing:
         return [
-            f"missing tensor '{module}{format.separator}{part.name}' of the format {format.name}" for part in missing
+            f"missing tensor '{module}{format.separator}{part.end}' of the format {format.name}" for part in missing
         ]
     infos = {part.name: stored.info(names[part.name]) for part in format.tensors}
     problems = [
         f"tensor {quoted(info.name)} must be {_element(part)}, got {str(info.dtype).removeprefix('torch.')}"
         for part in format.tensors
-        if (info := infos[part.name]).dtype not in ELEMENTS[part.element]
+        if (info := infos[part.name]).dtype not in ELEMENTS[part.element] and not _is_nested(format, part, info)
     ]
-    if problems:
+    if problems or format.state is not None:
         return problems
     wrong_ranks = [part for part in format.tensors if not _has_rank(part, infos[part.name].shape)]
     if wrong_ranks:
@@ -179,6 +208,42 @@ def problems_of(
         for part in format.tensors
         if part.dims and infos[part.name].shape != expected[part.name]
     ]
+
+
+def _is_nested(format: Format, part: StoredPart, info: TensorInfo) -> bool:
+    return part.name in format.nested and info.dtype == torch.uint8
+
+
+def _part(format: Format, name: str) -> StoredPart:
+    return next(part for part in format.tensors if part.name == name)
+
+
+def _names_of_state(module: str, format: Format, stored: Checkpoint) -> set[str]:
+    nested = {name for one in format.nested.values() for name in nested_names(module, format, one)}
+    return {name for name in (state_name(module, format), *nested) if name in stored}
+
+
+def _with_state(
+    module: str, choice: Choice, names: Mapping[str, str], stored: Checkpoint
+) -> tuple[list[str], State, Choice]:
+    """What is wrong with the state of a weight and with its flat tensors; the state; the choice with its sizes."""
+    format, name = choice.format, state_name(module, choice.format)
+    if name not in stored:
+        return [f"missing tensor '{name}' of the format {format.name}"], {}, choice
+    try:
+        state = read_state(name, stored)
+        choice = replace(choice, sizes={**choice.sizes, **sizes_of(name, state, format)})
+    except StateError as error:
+        return [str(error)], {}, choice
+    sizes, problems = _sizes(choice, names, stored), list[str]()
+    for part in format.tensors:
+        info, count = stored.info(names[part.name]), prod(extent.size(sizes) for extent in part.dims)
+        if prod(info.shape) != count:
+            text = f"expected {count} elements for {_text(part)}, by its state"
+            problems.append(f"tensor {quoted(info.name)}: {text}, got {list(info.shape)}")
+        elif _is_nested(format, part, info):
+            problems += problems_of_nested(module, format, part.name, count, state, stored)
+    return problems, state, choice
 
 
 def _has_rank(part: StoredPart, shape: tuple[int, ...]) -> bool:
@@ -204,6 +269,8 @@ def _text(part: StoredPart) -> str:
 def _sizes(choice: Choice, names: Mapping[str, str], stored: Checkpoint) -> dict[str, int]:
     """The sizes of the format and of the weight: from whole dims, else the largest that the stored sizes allow."""
     sizes = {name: size for name, size in choice.sizes.items() if size is not None}
+    if choice.format.state is not None:  # it has all of them, and flat tensors have none
+        return sizes
     whole = {name for name, size in choice.sizes.items() if size is None}
     extents = [
         (extent, size)

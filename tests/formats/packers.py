@@ -118,6 +118,37 @@ def nvfp4(shape: tuple[int, int], random: Random) -> Packed:
     return Packed(stored, value)
 
 
+def bits4(shape: tuple[int, int], random: Random, *, kind: str = "nf4", is_nested: bool = False) -> Packed:
+    """bitsandbytes' weights of 4 bits: flat, in blocks of GROUP, with scales in float32 or in bytes by 256."""
+    N, K = shape
+    q, table = codes(shape, 4, random), torch.randn(16, generator=random)
+    count = N * K // GROUP
+    state = {"quant_type": kind, "blocksize": GROUP, "dtype": "float32", "shape": list(shape)}
+    absmax = scales((count,), random, torch.float32)
+    extra = {}
+    if is_nested:
+        found = codes((count,), 8, random).to(torch.uint8)
+        nested = scales((-(-count // 256),), random, torch.float32)
+        values = torch.rand(256, generator=random)
+        extra = {"absmax": found, "nested_absmax": nested, "nested_quant_map": values}
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+        absmax = torch.stack([values[int(one)] * nested[i // 256] + 0.25 for i, one in enumerate(found)])
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    flat = q.flatten()
+    stored = {"weight": (flat[::2] << 4 | flat[1::2]).to(torch.uint8).view(-1, 1)}
+    more = {"absmax": absmax, "quant_map": table, f"quant_state.bitsandbytes__{kind}": text, **extra}
+    stored |= {f"weight.{name}": one for name, one in more.items()}
+    value = table.double()[flat] * torch.repeat_interleave(absmax.double(), GROUP)
+    return Packed(stored, value.view(N, K))
+
+
+def llm_int8(shape: tuple[int, int], random: Random) -> Packed:
+    q, s = codes(shape, 8, random) - 128, scales((shape[0],), random, torch.float32)
+    value = (q.to(torch.float32) * s[:, None]) * torch.tensor(1 / 127, dtype=torch.float32)
+    stored = {"weight": q.to(torch.int8), "SCB": s, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return Packed(stored, value.double())
+
+
 def mlx(shape: tuple[int, int], random: Random) -> Packed:
     N, K = shape
     q, s = codes(shape, 4, random), scales((N, K // GROUP), random, torch.float16)
@@ -127,6 +158,9 @@ def mlx(shape: tuple[int, int], random: Random) -> Packed:
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+       "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_threshold": 6.0,
+       "llm_int8_skip_modules": None}  # fmt: skip
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
 
 
@@ -165,6 +199,13 @@ METHODS: dict[str, tuple[Mapping[str, Any], Callable[..., Packed], dict[str, Any
         nvfp4,
         {},
     ),
+    "nf4": (NF4, bits4, {}),
+    "fp4 with bytes as scales": (
+        {**NF4, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+        bits4,
+        {"kind": "fp4", "is_nested": True},
+    ),
+    "llm.int8": ({**NF4, "load_in_4bit": False, "load_in_8bit": True}, llm_int8, {}),
     "mlx": ({"bits": 4, "group_size": GROUP}, mlx, {}),
     "fp8": (
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static"},

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from . import awq, compressed_tensors, fp8, gguf, gptq, mxfp4
+from . import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mxfp4
 
 __all__ = ["VALUES"]
 
 VALUES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "awq": {format: getattr(awq, format) for format in awq.__all__},
+    "bitsandbytes": {format: getattr(bitsandbytes, format) for format in bitsandbytes.__all__},
     "compressed_tensors": {format: getattr(compressed_tensors, format) for format in compressed_tensors.__all__},
     "fp8": {format: getattr(fp8, format) for format in fp8.__all__},
     "gguf": {format: getattr(gguf, format) for format in gguf.__all__},

@@ -58,11 +58,33 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A tensor that is stored for a weight, or a field of its blocks; `element` is a type or `float`."""
+    """A tensor that is stored for a weight, or a field of its blocks; `element` is a type or `float`.
+
+    `stored` is the last part of its name in files, by default `name`.
+    """
 
     name: str
     element: str
     dims: tuple[Extent, ...]
+    stored: str = ""
+
+    @property
+    def end(self) -> str:
+        """The last part of its name in files."""
+        return self.stored or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Floats that may be stored as bytes: table[byte] * scale + offset, with a scale for each block of elements.
+
+    `table` and `scales` are the last parts of the names of tensors, `block` and `offset` keys of the weight's state.
+    """
+
+    table: str
+    scales: str
+    block: str
+    offset: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +139,9 @@ class Format:
 
     `when` has the accepted values of settings, by key; `sizes` numbers or the keys that have them. The weight has the
     dims `weight`, and is named by `suffix` where its tensors are named by `separator` and their own names. Weights of
-    GGUF files are blocks of `block_bytes` bytes. Without `codes` a weight cannot be kept packed.
+    GGUF files are blocks of `block_bytes` bytes. Without `codes` a weight cannot be kept packed. With a `state`, the
+    last part of the name of a tensor with JSON, tensors are stored flat, sizes may be keys `state.KEY` of it, and those
+    of `nested` may be bytes.
     """
 
     name: str
@@ -128,6 +152,8 @@ class Format:
     unused: tuple[str, ...] = ()
     suffix: str = ".weight"
     separator: str = "."
+    state: str | None = None
+    nested: Mapping[str, Nested] = field(default_factory=dict)
     block_bytes: int | None = None
     codes: Codes | None = None
     written: Written | None = None
