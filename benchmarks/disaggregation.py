@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from disaggregation_control import PromptsApart
+from disaggregation_control import WorkApart
 from disaggregation_goodput import measure_rates
 from disaggregation_transfers import measure_bandwidth
 from machine import machine_facts
@@ -41,7 +41,9 @@ from sageLLM.runtime.scheduler.transfer import TransferConfig
 MODES: dict[str, dict[str, Any]] = {
     "strict, 1+1 workers": {"mode": "strict", "workers": True},
     "strict, 1+1 workers, tcp": {"mode": "strict", "workers": True, "transport": "tcp"},
-    "strict, prompts apart": {"mode": "strict", "workers": True, "apart": True},
+    "strict, prompts apart": {"mode": "strict", "workers": True, "apart": "prompts"},
+    "strict, products apart": {"mode": "strict", "workers": True, "apart": "products"},
+    "strict, reads apart": {"mode": "strict", "workers": True, "apart": "reads"},
     "hybrid, chunks of 512": {"mode": "hybrid", "chunk": 512},
     "hybrid, chunks of 128": {"mode": "hybrid", "chunk": 128},
     "time_share": {"mode": "time_share"},
@@ -190,9 +192,10 @@ class Clock:
 def measure_tail(model: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds between tokens of running decodes, quiet and while prompts arrive.
 
-    With prompts "apart" another process computes them, for comparison.
+    With work "apart" another process does it, for comparison, and no prompts arrive.
     """
-    apart = PromptsApart(model, PROMPT_LEN, options.interval) if MODES[mode].get("apart") else None
+    kind = MODES[mode].get("apart")
+    apart = WorkApart(model, PROMPT_LEN, options.interval, kind) if kind else None
     llm = load(model, mode, enable_prefix_caching=False)
     clock, names = Clock(llm), [f"decode {i}" for i in range(NUM_DECODES)]
     for index, name in enumerate(names):
