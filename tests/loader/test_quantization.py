@@ -17,8 +17,8 @@ from sageLLM.runtime.errors import CheckpointError
 MakeCheckpoint = Callable[..., Path]
 ONE_LAYER = {"num_hidden_layers": 1, "max_position_embeddings": 64}
 REMEDY = (
-    ", which is not supported; use a checkpoint in one of awq, compressed-tensors, fp8, gptq, mxfp4, or with float32, "
-    "bfloat16 or float16 weights"
+    ", which is not supported; use a checkpoint in one of awq, bitsandbytes, compressed-tensors, fp8, gptq, mxfp4, or "
+    "with float32, bfloat16 or float16 weights"
 )
 NO_SETTINGS = ", and config.json must have its settings in 'quantization_config'; download it again"
 
@@ -60,8 +60,7 @@ def check_refused(folder: Path, format: str, capsys: pytest.CaptureFixture[str],
     [
         ({"quant_method": "aqlm", "nbits_per_codebook": 16}, "aqlm"),
         ({"quant_method": "hqq", "bits": 4}, "hqq, 4 bits"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "eetq"}, "eetq"),
         ({"quant_method": "\x1b[31mred"}, "[31mred"),
         ({"bits": 3}, "unknown, 3 bits"),
         ({}, "unknown"),
@@ -108,9 +107,9 @@ BY_NAME: list[tuple[str, dict[str, torch.Tensor], str]] = [
     ("gptq", {"qweight": PACKED, "qzeros": PACKED, "scales": ONES, "g_idx": PACKED}, "g_idx"),
     ("awq", {"qweight": PACKED, "qzeros": PACKED, "scales": ONES}, "qzeros"),
     ("compressed-tensors", {"weight_packed": PACKED, "weight_scale": ONES, "weight_shape": ONES}, "weight_packed"),
-    ("bitsandbytes nf4", {"weight": BYTES, "weight.quant_state.bitsandbytes__nf4": BYTES, "weight.absmax": ONES},
+    ("bitsandbytes", {"weight": BYTES, "weight.quant_state.bitsandbytes__nf4": BYTES, "weight.absmax": ONES},
      "weight.quant_state.bitsandbytes__nf4"),
-    ("bitsandbytes int8", {"weight": BYTES.to(torch.int8), "SCB": ONES, "weight_format": BYTES}, "SCB"),
+    ("bitsandbytes", {"weight": BYTES.to(torch.int8), "SCB": ONES, "weight_format": BYTES}, "SCB"),
     ("mxfp4", {"weight_blocks": BYTES, "weight_scales": BYTES}, "weight_blocks"),
 ]  # fmt: skip
 
@@ -122,7 +121,7 @@ def test_tensor_names(
     quantise(folder, lambda stem, _: {stem + name: tensor.clone() for name, tensor in tensors.items()})
     names = load_file(folder / "model.safetensors")
     first = next(name for name in names if name.endswith(f"proj.{named}"))
-    is_known = format in ("gptq", "awq", "compressed-tensors", "mxfp4")
+    is_known = format in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4")
     check_refused(folder, f"{format}: tensor '{first}'", capsys, NO_SETTINGS if is_known else REMEDY)
 
 
