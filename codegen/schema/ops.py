@@ -100,7 +100,9 @@ class OpSpec(Strict):
     summary: str = Field(min_length=1, description="one sentence, with the publication if there is one")
     doc: str | None = Field(default=None, description="details for the docs")
     op_type: str | None = Field(default=None, description="member of OpType; by default a `fuses` op has its last op's")
-    tags: list[str] = Field(default=[], description="labels for passes, costs and kernels")
+    tags: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(
+        default=[], description="labels for passes, costs and kernels"
+    )
     phases: list[Phase] = Field(
         default=["prefill", "decode", "hybrid"], min_length=1, description="phases that the op supports"
     )
