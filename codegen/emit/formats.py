@@ -9,7 +9,7 @@ from sageLLM.codegen.emit.docs import _cell, _code, page, table
 from sageLLM.codegen.emit.format_blocks import BlockStoresText
 from sageLLM.codegen.emit.format_stores import StoresText
 from sageLLM.codegen.emit.format_text import FormatText
-from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor
+from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor, key_of_state
 from sageLLM.codegen.model.format_blocks import block_stores_of
 from sageLLM.codegen.model.format_codes import codes_of
 from sageLLM.codegen.model.format_stores import stores_of
@@ -77,6 +77,11 @@ class FormatView:
             texts.append("".join([ident(one.dim), *terms]))
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
+    @staticmethod
+    def key(text: str) -> str:
+        """The key of the state without its mark."""
+        return key_of_state(text)
+
     @property
     def fields(self) -> dict[str, Any]:
         """The fields that differ from the defaults of `Format`."""
@@ -84,10 +89,11 @@ class FormatView:
         found: dict[str, Any] = {
             "weight": self.format.weight if self.format.weight != ("N", "K") else (),
             "when": self.format.when,
-            "sizes": spec.sizes,
+            "sizes": {name: size for name, size in spec.sizes.items() if not key_of_state(size)},
+            "state": tuple(spec.state),
+            "state_sizes": {name: key for name, size in spec.sizes.items() if (key := key_of_state(size))},
             "unused": tuple(spec.unused),
             "block_bytes": self.format.block_bytes,
-            "state": spec.state,
         }
         found = {name: value for name, value in found.items() if value}
         found |= {"suffix": spec.name} if spec.name != ".weight" else {}

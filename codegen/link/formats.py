@@ -12,14 +12,24 @@ from sageLLM.codegen.expr.types import split_dims
 from sageLLM.codegen.link.format_values import Scope, link_value
 from sageLLM.codegen.link.gguf import check_architectures, check_incomplete, check_recipes
 from sageLLM.codegen.load import Entry
-from sageLLM.codegen.model.format import ELEMENTS, Extent, FormatDef, MethodDef, Stored, StoredTensor, Value, walk
+from sageLLM.codegen.model.format import (
+    ELEMENTS,
+    Extent,
+    FormatDef,
+    MethodDef,
+    Stored,
+    StoredTensor,
+    Value,
+    key_of_state,
+    walk,
+)
 from sageLLM.codegen.model.format_blocks import block_stores_of
 from sageLLM.codegen.model.format_stores import stores_of
 from sageLLM.codegen.names import why_not_a_function
 from sageLLM.codegen.schema.formats import FormatsFile, FormatSpec
 
 BYTES = {"u8": 1, "i8": 1, "f8": 1, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8}
-NO_STATE = "add `state: NAME`, a tensor with JSON"
+NO_STATE = "add `state: [NAME]`, a tensor with JSON"
 BLOCK_LEN = "B"
 """The size with the number of elements of a block."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -116,13 +126,13 @@ class _FormatLinker:
                     help = did_you_mean(name, self.spec.tensors)
                     raise self._refuse_key(f"'{name}' is not a tensor of the format", (kind, name), help)
         for name, size in self.spec.sizes.items():
-            if is_of_state(size) and self.spec.state is None:
+            if key_of_state(size) and not self.spec.state:
                 raise self._refuse("expected a format with `state`", ("sizes", name), NO_STATE)
         for name, one in self.spec.nested.items():
-            if self.spec.state is None:
+            if not self.spec.state:
                 raise self._refuse("expected a format with `state`", ("nested", name), NO_STATE)
             for key in ("block", "offset"):
-                if not is_of_state(getattr(one, key)):
+                if not key_of_state(getattr(one, key)):
                     raise self._refuse("expected a key of the state", ("nested", name, key), "write state.KEY")
 
     def _weight_dims(self) -> tuple[str, ...]:
@@ -208,11 +218,6 @@ class _FormatLinker:
     def _refuse_key(self, message: str, path: tuple[str, ...], help: str) -> Refused:
         self.sink.error("SAGE603", message, self.entry.key_span(*self.path, *path), help)
         return Refused(message)
-
-
-def is_of_state(size: str | int) -> bool:
-    """Whether a size is a key of the weight's state."""
-    return isinstance(size, str) and size.startswith("state.")
 
 
 def field_bytes(field: StoredTensor, block_len: int) -> int:

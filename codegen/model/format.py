@@ -242,3 +242,8 @@ def walk(value: Value) -> Iterator[Value]:
     yield value
     for part in parts(value):
         yield from walk(part)
+
+
+def key_of_state(size: str | int) -> str:
+    """The key of the weight's state that has a size, empty for other sizes."""
+    return size.removeprefix("state.") if isinstance(size, str) and size.startswith("state.") else ""

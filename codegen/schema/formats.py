@@ -42,10 +42,10 @@ class FormatSpec(Strict):
     stored: dict[str, str] = Field(
         default={}, description="tensors with another last part of their names in files, such as `weight.absmax`"
     )
-    state: str | None = Field(
-        default=None,
-        description="a tensor with JSON, by the last part of its name; sizes may be `state.KEY` then, and tensors are "
-        "stored flat: in the order of their elements, with any dims",
+    state: list[str] = Field(
+        default=[],
+        description="the last part of the name of a tensor with JSON, or several of which one is stored; sizes may be "
+        "`state.KEY` then, and tensors are stored flat: in the order of their elements, with any dims",
     )
     nested: dict[str, NestedSpec] = Field(
         default={}, description="of formats with a state, tensors of floats that may be stored as bytes"

@@ -27,23 +27,7 @@ BITSANDBYTES = QuantMethod(
     ),
     formats=(
         Format(
-            "nf4",
-            (
-                StoredPart("weight", "u8", (N, K / 2)),
-                StoredPart("absmax", "f32", (N, K / "B"), "weight.absmax"),
-                StoredPart("quant_map", "f32", (T,), "weight.quant_map"),
-            ),
-            when={"load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",), "bnb_4bit_quant_storage": ("uint8", None)},
-            sizes={"N": "state.shape.0", "K": "state.shape.1", "B": "state.blocksize", "T": 16},
-            state="weight.quant_state.bitsandbytes__nf4",
-            nested={
-                "absmax": Nested(
-                    "weight.nested_quant_map", "weight.nested_absmax", "state.nested_blocksize", "state.nested_offset"
-                ),
-            },
-        ),
-        Format(
-            "fp4",
+            "four_bits",
             (
                 StoredPart("weight", "u8", (N, K / 2)),
                 StoredPart("absmax", "f32", (N, K / "B"), "weight.absmax"),
@@ -51,21 +35,23 @@ BITSANDBYTES = QuantMethod(
             ),
             when={
                 "load_in_4bit": (True,),
-                "bnb_4bit_quant_type": ("fp4", None),
+                "load_in_8bit": (False, None),
+                "bnb_4bit_quant_type": ("nf4", "fp4", None),
                 "bnb_4bit_quant_storage": ("uint8", None),
             },
-            sizes={"N": "state.shape.0", "K": "state.shape.1", "B": "state.blocksize", "T": 16},
-            state="weight.quant_state.bitsandbytes__fp4",
+            sizes={"T": 16},
+            state=("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
+            state_sizes={"N": "shape.0", "K": "shape.1", "B": "blocksize"},
             nested={
                 "absmax": Nested(
-                    "weight.nested_quant_map", "weight.nested_absmax", "state.nested_blocksize", "state.nested_offset"
+                    "weight.nested_quant_map", "weight.nested_absmax", "nested_blocksize", "nested_offset"
                 ),
             },
         ),
         Format(
             "llm_int8",
             (StoredPart("weight", "i8", (N, K)), StoredPart("scb", "f32", (N,), "SCB")),
-            when={"load_in_8bit": (True,)},
+            when={"load_in_8bit": (True,), "load_in_4bit": (False, None)},
             unused=("weight_format",),
             codes=Codes("i8", "", "", ("codes", "scales")),
         ),

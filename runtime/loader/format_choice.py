@@ -13,8 +13,6 @@ from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 
 MAX_PATTERN_LEN = 200
-STATE = "state."
-"""The start of keys of the tensor with JSON of a weight."""
 _GROUP_KEYS = ("format", "targets")
 _ABSENT: tuple[object, ...] = (None, [], {}, "")
 _CLASSES = ("Linear",)
@@ -123,8 +121,7 @@ def _choice(method: QuantMethod, settings: Mapping[str, Any], place: str) -> Cho
     misses = [(one, list(_misses(one, settings))) for one in method.formats]
     for one, missed in misses:
         if not missed:
-            sizes = [name for name, key in one.sizes.items() if not is_of_state(key)]
-            return Choice(one, {name: _size(one, name, settings, place) for name in sizes})
+            return Choice(one, {name: _size(one, name, settings, place) for name in one.sizes})
     key, values = min((missed for _, missed in misses), key=len)[0]
     accepted = sorted({_words(value) for one in method.formats for value in one.when.get(key, values)})
     raise CheckpointError(
@@ -191,13 +188,7 @@ def _leaves(settings: Mapping[str, Any], sections: set[str], prefix: str = "") -
 
 def _keys_of_formats(method: QuantMethod) -> set[str]:
     keys = {key for one in method.formats for key in one.when}
-    sizes = {key for one in method.formats for key in one.sizes.values() if isinstance(key, str)}
-    return keys | {key for key in sizes if not is_of_state(key)}
-
-
-def is_of_state(key: str | int) -> bool:
-    """Whether a size is stored with each weight, and not in the settings."""
-    return isinstance(key, str) and key.startswith(STATE)
+    return keys | {key for one in method.formats for key in one.sizes.values() if isinstance(key, str)}
 
 
 def _names(value: object, place: str) -> tuple[str, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from sageLLM.runtime.loader.dequantize import dequantize
 from sageLLM.runtime.loader.flat_weights import (
     State,
     StateError,
-    nested_names,
-    nested_values,
-    problems_of_nested,
+    flat_problems,
+    is_nested,
+    names_beside,
     read_state,
     sizes_of,
-    state_name,
+    with_dims,
 )
 from sageLLM.runtime.loader.format_choice import Choice, Quantized, is_listed
 from sageLLM.runtime.loader.kv_form import is_kv_scale
@@ -43,18 +42,18 @@ ELEMENTS: Mapping[str, tuple[torch.dtype, ...]] = {
     "float": FLOATS,
 }
 MAX_PROBLEMS = 20
-NO_STATE: State = {}
 Values = Mapping[str, Mapping[str, Callable[..., Any]]]
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight that is stored in a format: its sizes, the names of its tensors in the files, and its state if any."""
+    """A weight of a module that is stored in a format: its sizes, the names of its tensors, and its state if any."""
 
+    module: str
     format: Format
     sizes: Mapping[str, int]
     names: Mapping[str, str]
-    state: State = field(default_factory=dict)
+    state: State | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,14 +76,12 @@ class QuantizedCheckpoint(Checkpoint):
             if _is_plain(names, choice.format, stored):
                 continue
             hidden |= {*names.values(), *_unused(module, choice.format, stored)}
-            found, state = problems_of(module, choice, names, stored, quantized), NO_STATE
-            if choice.format.state is not None and not found:
-                hidden |= _names_of_state(module, choice.format, stored)
-                found, state, choice = _with_state(module, choice, names, stored)
-            problems += found
-            if not found:
-                sizes = _sizes(choice, names, stored)
-                self.weights[module + choice.format.suffix] = QuantizedWeight(choice.format, sizes, names, state)
+            hidden |= {*names_beside(module, choice.format, stored)}
+            found = described(module, choice, names, stored, quantized)
+            if isinstance(found, QuantizedWeight):
+                self.weights[module + choice.format.suffix] = found
+            else:
+                problems += found
         problems += _odd_modules(self.weights, [name for name in stored if name not in hidden], quantized)
         if not problems and not self.weights:
             problems = [f"no weight is quantised, although {quantized.source} says so; remove it to load float weights"]
@@ -125,15 +122,9 @@ class QuantizedCheckpoint(Checkpoint):
     def _tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The stored tensors with the dims of the format."""
         found = {key: _signed(self._stored.read(name)) for key, name in weight.names.items()}
-        if (format := weight.format).state is None:
+        if weight.state is None:
             return found
-        for key, nested in format.nested.items():
-            if not found[key].is_floating_point():
-                module = weight.names[key].removesuffix(format.separator + _part(format, key).end)
-                table, scales = (self._stored.read(name) for name in nested_names(module, format, nested))
-                found[key] = nested_values(found[key], table, scales, weight.state, nested)
-        dims = {part.name: [extent.size(weight.sizes) for extent in part.dims] for part in format.tensors}
-        return {key: tensor.reshape(dims[key]) for key, tensor in found.items()}
+        return with_dims(weight.module, weight.format, weight.sizes, found, weight.state, self._stored)
 
     def close(self) -> None:
         self._stored.close()
@@ -163,7 +154,7 @@ def _modules(names: Iterable[str], quantized: Quantized) -> dict[str, Choice]:
 
 def _names(module: str, format: Format, stored: Checkpoint) -> dict[str, str]:
     """The names of the tensors that are stored, by those in the format."""
-    names = {part.name: f"{module}{format.separator}{part.end}" for part in format.tensors}
+    names = {part.name: format.stored_name(module, part.end) for part in format.tensors}
     return {key: name for key, name in names.items() if name in stored}
 
 
@@ -174,76 +165,52 @@ def _is_plain(names: Mapping[str, str], format: Format, stored: Checkpoint) -> b
 
 
 def _unused(module: str, format: Format, stored: Checkpoint) -> list[str]:
-    names = (f"{module}{format.separator}{name}" for name in format.unused)
+    names = (format.stored_name(module, name) for name in format.unused)
     return [name for name in names if name in stored]
 
 
-def problems_of(
+def described(
     module: str, choice: Choice, names: Mapping[str, str], stored: Checkpoint, quantized: Quantized
-) -> list[str]:
-    """The differences between the tensors of a module and those of its format, a sentence each."""
+) -> QuantizedWeight | list[str]:
+    """The weight of a module, or the differences between its tensors and those of its format, a sentence each."""
     format = choice.format
     if is_listed(module, quantized.skipped):
         return [f"{quoted(module)} is quantised, although '{quantized.skip}' lists it in {quantized.source}"]
-    missing = [part for part in format.tensors if part.name not in names]
+    missing = [format.stored_name(module, part.end) for part in format.tensors if part.name not in names]
     if missing:
-        return [
-            f"missing tensor '{module}{format.separator}{part.end}' of the format {format.name}" for part in missing
-        ]
+        return [f"missing tensor '{name}' of the format {format.name}" for name in missing]
     infos = {part.name: stored.info(names[part.name]) for part in format.tensors}
     problems = [
         f"tensor {quoted(info.name)} must be {_element(part)}, got {str(info.dtype).removeprefix('torch.')}"
         for part in format.tensors
-        if (info := infos[part.name]).dtype not in ELEMENTS[part.element] and not _is_nested(format, part, info)
+        if (info := infos[part.name]).dtype not in ELEMENTS[part.element] and not is_nested(format, part, info)
     ]
-    if problems or format.state is not None:
+    if problems:
         return problems
+    if format.state:
+        return _flat(module, choice, names, stored)
     wrong_ranks = [part for part in format.tensors if not _has_rank(part, infos[part.name].shape)]
     if wrong_ranks:
-        return [_wrong_shape(part, infos[part.name], _text(part)) for part in wrong_ranks]
+        return [_wrong_shape(part, infos[part.name], str(part)) for part in wrong_ranks]
     sizes = _sizes(choice, names, stored)
     expected = {part.name: tuple(extent.size(sizes) for extent in part.dims) for part in format.tensors}
     return [
         _wrong_shape(part, infos[part.name], f"[{', '.join(map(str, expected[part.name]))}]")
         for part in format.tensors
         if part.dims and infos[part.name].shape != expected[part.name]
-    ]
+    ] or QuantizedWeight(module, format, sizes, names)
 
 
-def _is_nested(format: Format, part: StoredPart, info: TensorInfo) -> bool:
-    return part.name in format.nested and info.dtype == torch.uint8
-
-
-def _part(format: Format, name: str) -> StoredPart:
-    return next(part for part in format.tensors if part.name == name)
-
-
-def _names_of_state(module: str, format: Format, stored: Checkpoint) -> set[str]:
-    nested = {name for one in format.nested.values() for name in nested_names(module, format, one)}
-    return {name for name in (state_name(module, format), *nested) if name in stored}
-
-
-def _with_state(
-    module: str, choice: Choice, names: Mapping[str, str], stored: Checkpoint
-) -> tuple[list[str], State, Choice]:
-    """What is wrong with the state of a weight and with its flat tensors; the state; the choice with its sizes."""
-    format, name = choice.format, state_name(module, choice.format)
-    if name not in stored:
-        return [f"missing tensor '{name}' of the format {format.name}"], {}, choice
+def _flat(module: str, choice: Choice, names: Mapping[str, str], stored: Checkpoint) -> QuantizedWeight | list[str]:
+    """As `described`, for a weight whose sizes are those of its state."""
     try:
-        state = read_state(name, stored)
-        choice = replace(choice, sizes={**choice.sizes, **sizes_of(name, state, format)})
+        state = read_state(module, choice.format, stored)
+        sizes = {name: size for name, size in choice.sizes.items() if size is not None}
+        sizes |= sizes_of(state, choice.format)
     except StateError as error:
-        return [str(error)], {}, choice
-    sizes, problems = _sizes(choice, names, stored), list[str]()
-    for part in format.tensors:
-        info, count = stored.info(names[part.name]), prod(extent.size(sizes) for extent in part.dims)
-        if prod(info.shape) != count:
-            text = f"expected {count} elements for {_text(part)}, by its state"
-            problems.append(f"tensor {quoted(info.name)}: {text}, got {list(info.shape)}")
-        elif _is_nested(format, part, info):
-            problems += problems_of_nested(module, format, part.name, count, state, stored)
-    return problems, state, choice
+        return [str(error)]
+    problems = flat_problems(module, choice.format, sizes, names, state, stored)
+    return problems or QuantizedWeight(module, choice.format, sizes, names, state)
 
 
 def _has_rank(part: StoredPart, shape: tuple[int, ...]) -> bool:
@@ -251,26 +218,16 @@ def _has_rank(part: StoredPart, shape: tuple[int, ...]) -> bool:
 
 
 def _wrong_shape(part: StoredPart, info: TensorInfo, expected: str) -> str:
-    return f"tensor {quoted(info.name)}: expected {expected} for {_text(part)}, got {list(info.shape)}"
+    return f"tensor {quoted(info.name)}: expected {expected} for {part}, got {list(info.shape)}"
 
 
 def _element(part: StoredPart) -> str:
     return "float16, bfloat16 or float32" if part.element == "float" else str(ELEMENTS[part.element][0])[6:]
 
 
-def _text(part: StoredPart) -> str:
-    dims = [
-        "".join([extent.dim, *(f"*{term}" for term in extent.times), *(f"/{term}" for term in extent.over)])
-        for extent in part.dims
-    ]
-    return f"{part.element}[{', '.join(dims) or '1'}]"
-
-
 def _sizes(choice: Choice, names: Mapping[str, str], stored: Checkpoint) -> dict[str, int]:
     """The sizes of the format and of the weight: from whole dims, else the largest that the stored sizes allow."""
     sizes = {name: size for name, size in choice.sizes.items() if size is not None}
-    if choice.format.state is not None:  # it has all of them, and flat tensors have none
-        return sizes
     whole = {name for name, size in choice.sizes.items() if size is None}
     extents = [
         (extent, size)

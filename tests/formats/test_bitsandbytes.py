@@ -71,7 +71,7 @@ def without(tensors: Tensors, name: str) -> Tensors:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: without(t, STATE), f"missing tensor '{STATE}' of the format nf4"),
+        (lambda t: without(t, STATE), f"missing tensor '{STATE}' or '{STATE[:-3]}fp4' of the format four_bits"),
         (lambda t: t | {STATE: t[STATE][:9]}, f"tensor '{STATE}' must be the bytes of a JSON object: "),
         (lambda t: t | {STATE: t[STATE].float()}, f"tensor '{STATE}' must be the bytes of a JSON object, up to 65536"),
         (lambda t: with_state(t, shape=[24]), f"tensor '{STATE}': 'shape.1' must be a number above 0, got None"),
@@ -80,12 +80,13 @@ def without(tensors: Tensors, name: str) -> Tensors:
         (lambda t: with_state(t, shape=[48, 832]), "tensor 'layer.weight': expected 19968 elements for u8[N, K/2]"),
         (lambda t: with_state(t, nested_offset="0"), f"tensor '{STATE}': 'nested_offset' must be a number, got '0'"),
         (lambda t: with_state(t, nested_blocksize=None), f"tensor '{STATE}': 'nested_blocksize' must be a number"),
+        (lambda t: with_state(t, nested_blocksize=259), "'nested_blocksize' must be a power of two, got 259"),
         (lambda t: with_state(t, nested_blocksize=64), "tensor 'layer.weight.nested_absmax': expected 5 numbers in"),
         (
             lambda t: without(t, "layer.weight.nested_quant_map"),
-            "missing tensor 'layer.weight.nested_quant_map' of the format nf4, as its 'absmax' has bytes",
+            "missing tensor 'layer.weight.nested_quant_map' of the format four_bits, as its 'absmax' has bytes",
         ),
-        (lambda t: without(t, "layer.weight.quant_map"), "missing tensor 'layer.weight.quant_map' of the format nf4"),
+        (lambda t: without(t, "layer.weight.quant_map"), "missing tensor 'layer.weight.quant_map' of the format four"),
         (lambda t: t | {"layer.weight": t["layer.weight"][:-1]}, "expected 9984 elements for u8[N, K/2], by its state"),
     ],
 )
@@ -102,3 +103,10 @@ def test_other_storage_is_refused(tmp_path: Path) -> None:
     tensors = without(recorded("nf4"), "layer.value")
     with pytest.raises(CheckpointError, match="'bnb_4bit_quant_storage' must be absent or uint8, got 'bfloat16'"):
         opened(tmp_path, "nf4", tensors, bnb_4bit_quant_storage="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["nf4", "llm_int8"])
+def test_both_modes_are_refused(name: str, tmp_path: Path) -> None:
+    tensors = without(recorded(name), "layer.value")
+    with pytest.raises(CheckpointError, match=r"'load_in_[48]bit' must be .*, got true"):
+        opened(tmp_path, name, tensors, load_in_4bit=True, load_in_8bit=True)

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM
+from sageLLM.generated.formats import METHODS
 from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 from sageLLM.runtime.errors import CheckpointError
 
 MakeCheckpoint = Callable[..., Path]
 ONE_LAYER = {"num_hidden_layers": 1, "max_position_embeddings": 64}
+METHODS_OF_CONFIGS = sorted(one.quant_method for one in METHODS.values() if one.quant_method is not None)
 REMEDY = (
-    ", which is not supported; use a checkpoint in one of awq, bitsandbytes, compressed-tensors, fp8, gptq, mxfp4, or "
-    "with float32, bfloat16 or float16 weights"
+    f", which is not supported; use a checkpoint in one of {', '.join(METHODS_OF_CONFIGS)}, or with float32, bfloat16 "
+    "or float16 weights"
 )
 NO_SETTINGS = ", and config.json must have its settings in 'quantization_config'; download it again"
 
@@ -121,7 +123,7 @@ def test_tensor_names(
     quantise(folder, lambda stem, _: {stem + name: tensor.clone() for name, tensor in tensors.items()})
     names = load_file(folder / "model.safetensors")
     first = next(name for name in names if name.endswith(f"proj.{named}"))
-    is_known = format in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4")
+    is_known = format in METHODS_OF_CONFIGS
     check_refused(folder, f"{format}: tensor '{first}'", capsys, NO_SETTINGS if is_known else REMEDY)
 
 

@@ -8,31 +8,17 @@ from torch import Tensor
 from .algebra import bits
 
 __all__ = [
-    "fp4",
+    "four_bits",
     "llm_int8",
     "llm_int8_codes",
-    "nf4",
 ]
 
 
 # specs/formats/bitsandbytes.yaml: bitsandbytes
-def nf4(
+def four_bits(
     weight: Tensor, absmax: Tensor, quant_map: Tensor, *, K: int, B: int, of: torch.dtype = torch.float64
 ) -> Tensor:
-    """Codes of a normal distribution's quantiles, the first in the high bits; scales may be bytes themselves.
-
-    w[N, K] = lut(bits(weight, 4, K, HIGH_FIRST), quant_map) * rep(absmax, B, K)"""
-    HIGH_FIRST = [1, 0]
-    absmax = absmax.to(of)
-    quant_map = quant_map.to(of)
-    return quant_map[bits(weight, 4, 1, order=HIGH_FIRST)[:, :K]] * absmax.repeat_interleave(B, 1)[:, :K]
-
-
-# specs/formats/bitsandbytes.yaml: bitsandbytes
-def fp4(
-    weight: Tensor, absmax: Tensor, quant_map: Tensor, *, K: int, B: int, of: torch.dtype = torch.float64
-) -> Tensor:
-    """The same with the values of a float of 4 bits.
+    """Codes of a stored table, of a normal distribution's quantiles or of FP4, the first in the high bits.
 
     w[N, K] = lut(bits(weight, 4, K, HIGH_FIRST), quant_map) * rep(absmax, B, K)"""
     HIGH_FIRST = [1, 0]

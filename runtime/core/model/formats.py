@@ -49,6 +49,9 @@ class Extent:
         above, below = self._ratio(sizes)
         return -(-below // above)
 
+    def __str__(self) -> str:
+        return "".join([self.dim, *(f"*{term}" for term in self.times), *(f"/{term}" for term in self.over)])
+
     def _ratio(self, sizes: Mapping[str, int]) -> tuple[int, int]:
         above, below = (
             prod(term if isinstance(term, int) else sizes[term] for term in terms) for terms in (self.times, self.over)
@@ -73,12 +76,16 @@ class StoredPart:
         """The last part of its name in files."""
         return self.stored or self.name
 
+    def __str__(self) -> str:
+        return f"{self.element}[{', '.join(map(str, self.dims)) or '1'}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Nested:
     """Floats that may be stored as bytes: table[byte] * scale + offset, with a scale for each block of elements.
 
     `table` and `scales` are the last parts of the names of tensors, `block` and `offset` keys of the weight's state.
+    The elements of a block are a power of two.
     """
 
     table: str
@@ -139,9 +146,9 @@ class Format:
 
     `when` has the accepted values of settings, by key; `sizes` numbers or the keys that have them. The weight has the
     dims `weight`, and is named by `suffix` where its tensors are named by `separator` and their own names. Weights of
-    GGUF files are blocks of `block_bytes` bytes. Without `codes` a weight cannot be kept packed. With a `state`, the
-    last part of the name of a tensor with JSON, tensors are stored flat, sizes may be keys `state.KEY` of it, and those
-    of `nested` may be bytes.
+    GGUF files are blocks of `block_bytes` bytes. Without `codes` a weight cannot be kept packed. With a
+    `state`, the last parts of names of tensors with JSON of which one is stored, tensors are stored flat, `state_sizes`
+    are sizes with the keys that have them, and tensors in `nested` may be bytes.
     """
 
     name: str
@@ -152,11 +159,16 @@ class Format:
     unused: tuple[str, ...] = ()
     suffix: str = ".weight"
     separator: str = "."
-    state: str | None = None
+    state: tuple[str, ...] = ()
+    state_sizes: Mapping[str, str] = field(default_factory=dict)
     nested: Mapping[str, Nested] = field(default_factory=dict)
     block_bytes: int | None = None
     codes: Codes | None = None
     written: Written | None = None
+
+    def stored_name(self, module: str, end: str) -> str:
+        """The name of a tensor of a module in files, by its last part."""
+        return f"{module}{self.separator}{end}"
 
 
 @dataclass(frozen=True, slots=True)
