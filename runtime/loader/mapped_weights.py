@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.errors import CheckpointError, SageError
+from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner
-from sageLLM.runtime.kernels.cpu.cache import cache_folder
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight
 from sageLLM.runtime.loader.model import Model, read_weights
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
@@ -30,7 +29,7 @@ from sageLLM.runtime.loader.weight_file import (
     Piece,
     StoredWeight,
     WeightFile,
-    file_path,
+    cache_path,
     read_index,
     write_file,
 )
@@ -69,12 +68,9 @@ def place_mapped(
             model.weights.update(weights)
             return
         _limit()
-        write_file(path, _pieces(weights, model.ties), model.dequantized)
+        found = write_file(path, _pieces(weights, model.ties), model.dequantized)
         del weights
         prune(path.parent, path)
-        found = read_index(path)
-    if found is None:
-        raise CheckpointError(f"{path} was written and cannot be read back; check the disk, or pass a weights_folder")
     with suppress(OSError):
         os.utime(path)  # `prune` deletes those that have not been used for the longest time
     model.weights.update(mapped(found))
@@ -116,15 +112,8 @@ def _path(
 ) -> Path:
     specs, rank, tp = model.share
     gates, code = planner.gates(model.ties, graphs), _code_digest(tuple(registry.packages))
-    facts = [
-        f"mapped {code} {planner.name} {model.dtype} {rank} {tp} {keeps_codes} {model.activations}",
-        *map(repr, specs),
-        *(f"{name} {n}" for name, n in sorted(gates.items())),
-    ]
-    try:
-        return file_path(folder or cache_folder() / "weights", checkpoint, facts)
-    except OSError as error:
-        raise CheckpointError(f"cannot choose a folder for packed weights: {error}; pass weights_folder") from None
+    facts = f"mapped {code} {planner.name} {model.dtype} {rank} {tp} {keeps_codes} {model.activations}"
+    return cache_path(folder, checkpoint, facts, specs, gates)
 
 
 @lru_cache(maxsize=4)

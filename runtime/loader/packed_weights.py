@@ -12,14 +12,12 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.weights import WeightSpec
-from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.executor.planner import Planner
-from sageLLM.runtime.kernels.cpu.cache import cache_folder
 from sageLLM.runtime.kernels.cpu.packing import DEPTH, PANEL, PackedWeight
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
-from sageLLM.runtime.loader.weight_file import Piece, WeightFile, file_path, read_index, write_file
+from sageLLM.runtime.loader.weight_file import Piece, WeightFile, cache_path, read_index, write_file
 from sageLLM.runtime.loader.weights import load_weights
 from sageLLM.runtime.registry.plugins import Registry
 
@@ -38,21 +36,10 @@ def packed_file(
     """
     gates = planner.packed_gates(model.ties, graphs)
     specs, rank, tp = model.share
-    facts = [
-        f"{PANEL} {DEPTH} {model.dtype} {rank} {tp}",
-        *map(repr, specs),
-        *(f"{name} {n}" for name, n in sorted(gates.items())),
-    ]
-    try:
-        path = file_path(folder or cache_folder() / "weights", checkpoint, facts)
-    except OSError as error:
-        raise CheckpointError(f"cannot choose a folder for packed weights: {error}; pass weights_folder") from None
+    path = cache_path(folder, checkpoint, f"{PANEL} {DEPTH} {model.dtype} {rank} {tp}", specs, gates)
     found = read_index(path)
     if found is None:
-        write_file(path, _runs(specs, model, partial(open_checkpoint, checkpoint, registry), planner, gates))
-        found = read_index(path)
-    if found is None:
-        raise CheckpointError(f"{path} was written and cannot be read back; check the disk, or pass a weights_folder")
+        found = write_file(path, _runs(specs, model, partial(open_checkpoint, checkpoint, registry), planner, gates))
     return found
 
 

@@ -20,7 +20,9 @@ from typing import IO
 
 import msgspec
 
+from sageLLM.runtime.core.model.weights import WeightSpec
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.kernels.cpu.cache import cache_folder
 
 PAGE = 4096
 """Unit of positions in the file: reads that bypass the page cache must begin and end at a multiple."""
@@ -88,8 +90,21 @@ class Piece(msgspec.Struct, frozen=True):
     activations: str | None = None
 
 
-def file_path(folder: Path, checkpoint: Path, facts: Iterable[str]) -> Path:
-    """The path of the file for a checkpoint folder; `facts` are all texts that determine the contents."""
+def cache_path(
+    folder: Path | None, checkpoint: Path, facts: str, specs: Iterable[WeightSpec], gates: Mapping[str, int]
+) -> Path:
+    """The path of a checkpoint's file, in `folder` or the user's cache, for weights of these specs and packed gates.
+
+    `facts` are what determines the contents besides. Raises CheckpointError if there is no folder.
+    """
+    texts = [facts, *map(repr, specs), *(f"{name} {count}" for name, count in sorted(gates.items()))]
+    try:
+        return _file_path(folder or cache_folder() / "weights", checkpoint, texts)
+    except OSError as error:
+        raise CheckpointError(f"cannot choose a folder for packed weights: {error}; pass weights_folder") from None
+
+
+def _file_path(folder: Path, checkpoint: Path, facts: Iterable[str]) -> Path:
     digest = hashlib.sha256(MAGIC)
     files = sorted(path for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".json"))
     stats = ((path, path.stat()) for path in files)
@@ -100,8 +115,11 @@ def file_path(folder: Path, checkpoint: Path, facts: Iterable[str]) -> Path:
 
 def write_file(
     path: Path, runs: Iterable[tuple[int | None, Sequence[Piece]]], dequantized: Mapping[str, str] | None = None
-) -> None:
-    """Writes the runs one after another, so that at most one is in memory. Raises CheckpointError without room."""
+) -> WeightFile:
+    """Writes the runs one after another, so that at most one is in memory; returns the index, read back.
+
+    Raises CheckpointError without room.
+    """
     draft = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,6 +139,9 @@ def write_file(
         if draft is not None:
             with suppress(FileNotFoundError):
                 draft.unlink()
+    if (found := read_index(path)) is None:
+        raise CheckpointError(f"{path} was written and cannot be read back; check the disk, or pass a weights_folder")
+    return found
 
 
 def _write_run(file: IO[bytes], layer: int | None, pieces: Sequence[Piece]) -> Run:
