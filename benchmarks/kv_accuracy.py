@@ -21,8 +21,6 @@ from sageLLM.generated.kernels import reference
 from sageLLM.generated.kernels.reference import kv_forms
 from sageLLM.runtime.core.model.kv_form import KV_FORMS
 
-LARGEST = {torch.int8: 127.0, torch.uint8: 448.0}
-
 
 class StaticScales:
     """The scale of each cache, in the order of the layers: the largest stored magnitude over the largest code."""
@@ -42,7 +40,7 @@ class StaticScales:
         if not self.are_known:
             self._largest[key] = max(self._largest.get(key, 0.0), float(values.abs().max()))
             return kv_forms.kv_rows(values, cache)
-        limit = LARGEST[cache.dtype]
+        limit = kv_forms.LARGEST[cache.dtype]
         scale = torch.full((*values.shape[:-1], 1), self._largest[key] / limit)
         quotient = (values.float() / scale).clamp(-limit, limit)
         codes = quotient.to(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else quotient.round().to(torch.int8)

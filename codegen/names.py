@@ -93,7 +93,7 @@ DIMS = CLASSES | frozenset(
         "Routing",
     }
     | {"SampleEpilogue", "Scratch", "Sum", "TUNING", "Tuning", "Weight"}
-    | {"CASES", "KERNELS", "LOG2E", "OPS", "PASSES", "ROWS", "SAGE"}
+    | {"CASES", "KERNELS", "LARGEST", "LOG2E", "OPS", "PASSES", "ROWS", "SAGE"}
 )
 """Names that no dim or element type may have: they are variables in kernels of all targets."""
 

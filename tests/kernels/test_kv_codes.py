@@ -10,13 +10,12 @@ from test_cpu_attention import DECODE, PREFILL, VARIANTS, Batch
 from torch import Tensor
 
 from sageLLM.generated.kernels import cpu, reference
-from sageLLM.generated.kernels.reference.kv_forms import kv_rows, kv_values
+from sageLLM.generated.kernels.reference.kv_forms import LARGEST, kv_rows, kv_values
 from sageLLM.runtime.core.model.kv_form import SCALE_BYTES
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.kv_codes import TORCH_TYPES
 
 CODES = [pytest.param(dtype, id=form.name) for form, dtype in TORCH_TYPES.items()]
-LARGEST = {torch.int8: 127.0, torch.uint8: 448.0}
 STEPS = {torch.int8: 1 / 127 / 2, torch.uint8: 2**-4}
 """The largest error of a value: of the largest one of its row for int8, of itself for float8."""
 

@@ -9,7 +9,10 @@ are integers from -127 to 127, those of uint8 caches are float8 e4m3fn.
 import torch
 from torch import Tensor
 
-SCALE_BYTES = 4
+from sageLLM.runtime.core.model.kv_form import SCALE_BYTES
+
+LARGEST = {torch.int8: 127.0, torch.uint8: 448.0}
+"""The largest codes."""
 
 
 def kv_width(cache: Tensor) -> int:
@@ -36,11 +39,11 @@ def kv_rows(values: Tensor, cache: Tensor) -> Tensor:
     """
     if cache.is_floating_point():
         return values
-    is_float8 = cache.dtype == torch.uint8
-    limit = 448.0 if is_float8 else 127.0
+    limit = LARGEST[cache.dtype]
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     scale = (wide.abs().amax(-1, keepdim=True) / limit).to(torch.float32)
     is_usable = (scale > 0) & scale.isfinite()
     quotient = torch.where(is_usable, wide / scale, 0).clamp(-limit, limit)
+    is_float8 = cache.dtype == torch.uint8
     codes = quotient.to(torch.float8_e4m3fn) if is_float8 else quotient.round().to(torch.int8)
     return torch.cat((scale.view(cache.dtype), codes.view(cache.dtype)), -1)

@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from sageLLM.runtime.core.model.kv_form import SCALE_BYTES as KV_SCALE_BYTES
+
 __all__ = [
     "LOG2E",
     "add_part",
@@ -49,8 +51,8 @@ __all__ = [
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SCALE_BYTES = tl.constexpr(4)
-"""A row of codes in a KV cache begins with its scale, a float32 (runtime/core/model/kv_form.py)."""
+SCALE_BYTES = tl.constexpr(KV_SCALE_BYTES)
+"""A row of codes in a KV cache begins with its scale, a float32."""
 
 
 @triton.jit

@@ -145,11 +145,9 @@ def _qk_rope_kv_store_rows1(
     if v_out.dtype.element_ty == E:
         tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     else:
-        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
-        v_out_largest = device.largest_magnitude(v, is_row & in_D)
-        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
-        device.store_scales(v_out_rows, v_out_scale, is_row)
-        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
+        device.store_encoded(
+            v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v, is_row & in_D, is_row
+        )
 
 
 @triton.jit(do_not_specialize=["T", "programs"])
@@ -433,11 +431,9 @@ def _qk_rope_interleaved_kv_store_rows1(
     if v_out.dtype.element_ty == E:
         tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     else:
-        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
-        v_out_largest = device.largest_magnitude(v, is_row & in_D)
-        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
-        device.store_scales(v_out_rows, v_out_scale, is_row)
-        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
+        device.store_encoded(
+            v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v, is_row & in_D, is_row
+        )
 
 
 @triton.jit(do_not_specialize=["T", "programs"])
@@ -768,11 +764,9 @@ def _qk_norm_rope_kv_store_rows1(
     if v_out.dtype.element_ty == E:
         tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     else:
-        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
-        v_out_largest = device.largest_magnitude(v, is_row & in_D)
-        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
-        device.store_scales(v_out_rows, v_out_scale, is_row)
-        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
+        device.store_encoded(
+            v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v, is_row & in_D, is_row
+        )
     if k_out.dtype.element_ty == E:
         tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
         tl.store(
@@ -1125,11 +1119,9 @@ def _qk_norm_1p_rope_kv_store_rows1(
     if v_out.dtype.element_ty == E:
         tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     else:
-        v_out_rows = v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv
-        v_out_largest = device.largest_magnitude(v, is_row & in_D)
-        v_out_scale = device.scale_of_codes(v_out_rows, v_out_largest)
-        device.store_scales(v_out_rows, v_out_scale, is_row)
-        device.store_codes(v_out_rows, i_D, v, v_out_scale, is_row & in_D)
+        device.store_encoded(
+            v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_D, v, is_row & in_D, is_row
+        )
     if k_out.dtype.element_ty == E:
         tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
         tl.store(
